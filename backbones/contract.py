@@ -1,0 +1,161 @@
+"""What every backbone promises, so that objectives, heads, probes and exports need to know none of them.
+
+Legend: B batch, C channels, H W pixels, P Q mask and token grid, h w feature grid, D width.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mimetic.engine.errors import CheckpointError, SettingError
+
+Grid = tuple[int, int]
+MASK_TOKEN = "mask_token"  # last part of its parameter's name, in every backbone
+
+
+class Features(NamedTuple):
+    """What a backbone sees in an image.
+
+    `map_BDhw` comes after the final norm; `cls_BD` and `dist_BD` are the class and distillation tokens after the same norm,
+    None where the backbone has none; `layers` are the raw maps of the layers that were asked for, in the order asked.
+    """
+
+    map_BDhw: Tensor
+    cls_BD: Tensor | None = None
+    dist_BD: Tensor | None = None
+    layers: tuple[Tensor, ...] = ()
+
+
+class Backbone(nn.Module, ABC):
+    """An image encoder that can be shown part of an image.
+
+    Attributes:
+        image_size: (H, W) in pixels; other sizes are refused.
+        in_channels: C.
+        num_classes: outputs of the classifier; 0 for none.
+        embed_dim: D of `map_BDhw` (the last stage's, where widths differ).
+        feature_grid: (h, w) of `map_BDhw`.
+        mask_grid: (P, Q), the finest grid of `hidden_BPQ` that this backbone understands.
+        mask_token: learned stand-in for hidden cells. It is ours alone: timm's models have none, so it is left out of
+            `timm_state_dict`. Without a mask it gets no gradient: freeze it for fine-tuning, or DDP waits for it.
+        num_depths: how many values `depth_of` takes.
+        config: what `create_backbone(**config, **overrides)` needs to build this net again, as plain values: `name`,
+            `image_size`, `in_channels`, `num_classes`, `overrides`. Empty for a net built without the catalog.
+
+    Parameters are only read inside the `forward` of the module that owns them: ZeRO-3 gathers them there and nowhere else.
+    """
+
+    image_size: Grid
+    in_channels: int
+    num_classes: int
+    embed_dim: int
+    feature_grid: Grid
+    mask_grid: Grid
+    num_depths: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config: dict[str, Any] = {}
+
+    @property
+    @abstractmethod
+    def mask_token(self) -> nn.Parameter:
+        """The stand-in for hidden cells."""
+
+    @abstractmethod
+    def forward_features(self, image_BCHW: Tensor, hidden_BPQ: Tensor | None = None, layers: Sequence[int] = ()) -> Features:
+        """Encode images.
+
+        Args:
+            image_BCHW: normalised pixels, of the size that the backbone was built for.
+            hidden_BPQ: bool, True = hidden. No output bit depends on a hidden pixel, be it NaN, nor does any gradient. The
+                grid must divide `mask_grid`; a coarser mask is repeated.
+            layers: indices (from 0) of layers whose output to return as well, before the final norm.
+
+        Raises:
+            SettingError: an image size, channel count, mask grid or layer that does not fit.
+        """
+
+    @abstractmethod
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Logits (B, num_classes); the pooled features (B, D) of a backbone built without classes, as timm does."""
+
+    @abstractmethod
+    def depth_of(self, parameter_name: str) -> int:
+        """Return 0 for stem, tokens and positions, i + 1 for layer i, `num_depths` - 1 for the final norm and heads.
+
+        Layer decay gives a parameter the rate lr * decay ** (num_depths - 1 - depth) (BEiT, arXiv:2106.08254, appendix).
+        """
+
+    @abstractmethod
+    def no_weight_decay_names(self) -> set[str]:
+        """Names of tokens, positions and bias tables: not 1-D, yet free of weight decay like biases and norms."""
+
+    def timm_name(self, name: str) -> str:
+        """Name in timm's model of what `state_dict` calls `name`."""
+        return name
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """Keywords with which `timm.create_model(config["name"], ...)` builds this net's equal."""
+        if not self.config:
+            raise SettingError("a backbone built without the catalog has no timm name; use create_backbone(name, ...)")
+        overrides: dict[str, Any] = self.config["overrides"]
+        return {"img_size": self.image_size, "in_chans": self.in_channels, "num_classes": self.num_classes} | overrides
+
+    def timm_state_dict(self) -> dict[str, Tensor]:
+        """Weights under timm's names; loads with `strict=True` into timm's model of the same name."""
+        return {self.timm_name(name): value for name, value in self.state_dict().items() if not name.endswith(MASK_TOKEN)}
+
+    def load_timm_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over timm's weights, all of them; the mask token stays as it is.
+
+        Raises:
+            CheckpointError: a name is missing, unknown, or of another shape. No weight has been changed then.
+        """
+        own = {self.timm_name(name): name for name in self.state_dict() if not name.endswith(MASK_TOKEN)}
+        _refuse_other_names(own, state)
+        weights = self.state_dict()
+        for key, name in own.items():
+            if state[key].shape != weights[name].shape:
+                shapes = f"{tuple(state[key].shape)} in the weights, {tuple(weights[name].shape)} in the backbone"
+                raise CheckpointError(f"{key}: {shapes}; build the backbone with the arguments that these weights had")
+        self.load_state_dict({name: state[key] for key, name in own.items()}, strict=False)
+
+    def check_image(self, image_BCHW: Tensor) -> None:
+        """Refuse images of another size or channel count than the backbone was built for."""
+        channels, *size = image_BCHW.shape[-3:]
+        if channels != self.in_channels:
+            raise SettingError(f"images have {channels} channels, the backbone was built for in_channels={self.in_channels}")
+        if tuple(size) != self.image_size:
+            ours, theirs = "x".join(map(str, self.image_size)), "x".join(map(str, size))
+            raise SettingError(f"images are {theirs}, the backbone was built for {ours}: resize, or set image_size to {theirs}")
+
+
+def zero_hidden(image_BCHW: Tensor, hidden_BPQ: Tensor) -> Tensor:
+    """Set hidden pixels to 0, by selection: NaN times 0 would stay NaN, forwards and in the stem's gradient."""
+    hidden_BHW = repeat_mask(hidden_BPQ, image_BCHW.shape[-2:])
+    return torch.where(hidden_BHW[:, None], image_BCHW.new_zeros(()), image_BCHW)
+
+
+def repeat_mask(hidden_BPQ: Tensor, grid: Sequence[int]) -> Tensor:
+    """Repeat the mask to a finer grid: (B, P, Q) -> (B, *grid).
+
+    Raises:
+        SettingError: a cell of the mask is no whole number of cells of that grid.
+    """
+    (p, q), (height, width) = hidden_BPQ.shape[-2:], grid
+    if height % p or width % q:
+        raise SettingError(f"the mask grid {p}x{q} does not divide the backbone's grid {height}x{width}: set the mask's grid "
+                           f"to {height}x{width} or a divisor of it")
+    return hidden_BPQ.repeat_interleave(height // p, -2).repeat_interleave(width // q, -1)
+
+
+def _refuse_other_names(own: Mapping[str, str], state: Mapping[str, Tensor]) -> None:
+    missing, unknown = [key for key in own if key not in state], [key for key in state if key not in own]
+    if missing or unknown:
+        told = [f"{what} {', '.join(keys[:3])}{' ...' if len(keys) > 3 else ''} ({len(keys)})"
+                for what, keys in (("missing", missing), ("unknown", unknown)) if keys]
+        raise CheckpointError(f"weights do not fit the backbone: {'; '.join(told)}; name, overrides and num_classes must agree")

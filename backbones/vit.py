@@ -1,0 +1,326 @@
+"""Vision transformers with one resolution: ViT (arXiv:2010.11929), DeiT (arXiv:2012.12877), BEiT (arXiv:2106.08254).
+
+Legend: B batch, C channels, H W pixels, P Q token grid, N tokens ([CLS] and [DIST] first), D width, n heads, d width of a head.
+"""
+
+import re
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from mimetic.backbones.contract import Backbone, Features, Grid, repeat_mask, zero_hidden
+from mimetic.engine.errors import CheckpointError, SettingError
+
+INIT_STD = 0.02
+TABLE = "relative_position_bias_table"
+
+
+class ViT(Backbone):
+    """A plain vision transformer; arguments beyond the first three bear timm's names.
+
+    Args:
+        image_size: side or (H, W) in pixels, a multiple of the patch.
+        in_channels: C.
+        num_classes: outputs of the classifier; 0 for none.
+        patch_size: side or (height, width) of a patch in pixels.
+        embed_dim: D; depth: blocks; num_heads: n, a divisor of D; mlp_ratio: hidden width of the MLP over D.
+        qkv_bias: biases of queries, keys and values.
+        key_bias: False as in BEiT: queries and values have a bias, keys none (softmax would not feel it).
+        init_values: layer scale's initial value; None for no layer scale.
+        class_token: put [CLS] before the patches. dist_token: put DeiT's distillation token after it, with a second head.
+        use_abs_pos_emb: learned position per token. no_embed_class: positions for patches only (DeiT III, arXiv:2204.07118).
+        use_rel_pos_bias: relative position bias, a table in each block.
+        use_shared_rel_pos_bias: one table for all blocks in place of theirs, as BEiT pretrains; becomes a table per block in
+            `timm_state_dict`, as BEiT fine-tunes.
+        global_pool: what the classifier sees: "token", [CLS] after the norm, or "avg", the norm of the patches' mean.
+        drop_path_rate: stochastic depth (arXiv:1603.09382) of the last block, rising linearly from 0.
+        head_init_scale: factor on the classifier's initial weights.
+
+    Raises:
+        SettingError: arguments that contradict each other, both named.
+    """
+
+    def __init__(
+        self, image_size: int | Sequence[int] = 224, in_channels: int = 3, num_classes: int = 0, *,
+        patch_size: int | Sequence[int] = 16, embed_dim: int = 768, depth: int = 12, num_heads: int = 12,
+        mlp_ratio: float = 4.0, qkv_bias: bool = True, key_bias: bool = True, init_values: float | None = None,
+        class_token: bool = True, dist_token: bool = False, use_abs_pos_emb: bool = True, no_embed_class: bool = False,
+        use_rel_pos_bias: bool = False, use_shared_rel_pos_bias: bool = False, global_pool: str = "token",
+        drop_path_rate: float = 0.0, head_init_scale: float = 1.0,
+    ) -> None:
+        super().__init__()
+        self.image_size, self.patch_size = _pair(image_size), _pair(patch_size)
+        self.in_channels, self.num_classes, self.embed_dim, self.num_depths = in_channels, num_classes, embed_dim, depth + 2
+        self.mask_grid = self.feature_grid = _grid(self.image_size, self.patch_size)
+        self.has_cls, self.has_dist, self.global_pool = class_token, dist_token, global_pool
+        self._is_beit = not key_bias  # timm writes BEiT in a file of its own, with its own names
+        relative = use_rel_pos_bias or use_shared_rel_pos_bias
+        _refuse_contradictions(embed_dim, num_heads, global_pool, class_token, dist_token, relative)
+
+        self.patch_embed = PatchEmbedding(
+            self.mask_grid, self.patch_size, in_channels, embed_dim, class_token, dist_token, use_abs_pos_emb, no_embed_class
+        )
+        self.rel_pos_bias = RelativePositionBias(self.mask_grid, num_heads) if use_shared_rel_pos_bias else None
+        window = self.mask_grid if relative and not use_shared_rel_pos_bias else None
+        mlp_width, rates = int(embed_dim * mlp_ratio), [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        self.blocks = nn.ModuleList(
+            Block(embed_dim, num_heads, mlp_width, qkv_bias, key_bias, init_values, window, rate) for rate in rates
+        )
+        # One norm, whose place depends on the pooling: `norm` before it or `fc_norm` after it, in timm's words.
+        self.norm = nn.LayerNorm(embed_dim, eps=1e-6)
+        self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
+        self.head_dist = (nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()) if dist_token else None
+        self._init_weights(head_init_scale)
+
+    @property
+    def mask_token(self) -> nn.Parameter:
+        """The stand-in for hidden cells, (1, 1, D)."""
+        return self.patch_embed.mask_token
+
+    def forward_features(self, image_BCHW: Tensor, hidden_BPQ: Tensor | None = None, layers: Sequence[int] = ()) -> Features:
+        """Encode images; see `Backbone.forward_features`. The map is (B, D, P, Q)."""
+        x_BND, maps = self._encode(image_BCHW, hidden_BPQ, layers)
+        x_BND = self.norm(x_BND)
+        return Features(
+            self._map(x_BND), x_BND[:, 0] if self.has_cls else None, x_BND[:, 1] if self.has_dist else None, tuple(maps)
+        )
+
+    def forward(self, image_BCHW: Tensor) -> Tensor:
+        """Logits, or pooled features without classes. A distilled net answers with the mean of its two heads."""
+        return torch.stack(self.forward_heads(image_BCHW)).mean(0)
+
+    def forward_heads(self, image_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """Logits of the class head, then of the distillation head where there is one: DeiT trains them on two targets."""
+        x_BND, _ = self._encode(image_BCHW, None, ())
+        if self.global_pool == "avg":
+            return (self.head(self.norm(x_BND[:, self.patch_embed.num_prefix :].mean(1))),)
+        x_BND = self.norm(x_BND[:, : self.patch_embed.num_prefix])
+        if self.head_dist is None:
+            return (self.head(x_BND[:, 0]),)
+        return self.head(x_BND[:, 0]), self.head_dist(x_BND[:, 1])
+
+    def _encode(self, image_BCHW: Tensor, hidden_BPQ: Tensor | None, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+        self.check_image(image_BCHW)
+        if any(not 0 <= layer < len(self.blocks) for layer in layers):
+            raise SettingError(f"layers {list(layers)}: the backbone has blocks 0 to {len(self.blocks) - 1}")
+        bias_1nNN = self.rel_pos_bias() if self.rel_pos_bias is not None else None
+        x_BND = self.patch_embed(image_BCHW, hidden_BPQ)
+        seen = {}
+        for i, block in enumerate(self.blocks):
+            x_BND = block(x_BND, bias_1nNN)
+            if i in layers:
+                seen[i] = self._map(x_BND)
+        return x_BND, [seen[layer] for layer in layers]
+
+    def _map(self, x_BND: Tensor) -> Tensor:
+        return rearrange(x_BND[:, self.patch_embed.num_prefix :], "B (P Q) D -> B D P Q", P=self.mask_grid[0])
+
+    def depth_of(self, parameter_name: str) -> int:
+        """Depth for layer decay; see `Backbone.depth_of`. A shared bias table counts as a position: 0."""
+        first, *rest = parameter_name.split(".")
+        if first in ("patch_embed", "rel_pos_bias"):
+            return 0
+        return int(rest[0]) + 1 if first == "blocks" else self.num_depths - 1
+
+    def no_weight_decay_names(self) -> set[str]:
+        """Names of tokens, positions and bias tables."""
+        ends = ("cls_token", "dist_token", "mask_token", "pos_embed", TABLE)
+        return {name for name, _ in self.named_parameters() if name.endswith(ends)}
+
+    def timm_name(self, name: str) -> str:
+        """Name in timm's model, which keeps tokens at the top and spells layer scale and pooled norm in two ways."""
+        name = re.sub(r"^patch_embed\.(cls_token|dist_token|pos_embed)$", r"\1", name)
+        name = re.sub(r"\.attn\.(?:qkv\.(?=[qv]_bias)|rel_pos_bias\.)", ".attn.", name)
+        if not self._is_beit:
+            name = re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name)
+        return re.sub("^norm", "fc_norm", name) if self.global_pool == "avg" else name
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """Keywords for `timm.create_model`; a shared bias table is handed over as one per block."""
+        arguments = super().timm_arguments()
+        if arguments.pop("use_shared_rel_pos_bias", False):
+            arguments["use_rel_pos_bias"] = True
+        if arguments.get("init_values", 0.0) is None:
+            arguments["init_values"] = 0.0  # timm ignores keywords that are None, and would keep the name's own value
+        return arguments
+
+    def timm_state_dict(self) -> dict[str, Tensor]:
+        """Weights under timm's names; a shared bias table is copied into each block (BEiT's fine-tuning does the same)."""
+        state = super().timm_state_dict()
+        if self.rel_pos_bias is not None:
+            table = state.pop(f"rel_pos_bias.{TABLE}")
+            state |= {f"blocks.{i}.attn.{TABLE}": table.clone() for i in range(len(self.blocks))}
+        return state
+
+    def load_timm_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take over timm's weights; a shared bias table takes tables that are the same in every block, and no others."""
+        if self.rel_pos_bias is not None:
+            state, tables = dict(state), [f"blocks.{i}.attn.{TABLE}" for i in range(len(self.blocks))]
+            found = [state.pop(key) for key in tables if key in state]
+            if found and not all(torch.equal(found[0], table) for table in found):
+                raise CheckpointError("bias tables differ between blocks: load them with use_shared_rel_pos_bias=False")
+            state |= {f"rel_pos_bias.{TABLE}": found[0]} if len(found) == len(tables) else {}
+        super().load_timm_state_dict(state)
+
+    @torch.no_grad()
+    def _init_weights(self, head_init_scale: float) -> None:
+        """Init as in BEiT's pretraining: normal, cut at one standard deviation; residual branches shrink with depth."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 and TABLE not in name:
+                nn.init.trunc_normal_(parameter, std=INIT_STD, a=-INIT_STD, b=INIT_STD)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            if name.endswith(("attn.proj.weight", "mlp.fc2.weight")):
+                parameter.div_((2 * self.depth_of(name)) ** 0.5)
+            elif name == "head.weight":
+                parameter.mul_(head_init_scale)
+
+
+class PatchEmbedding(nn.Module):
+    """Pixels to tokens: project patches, put the mask token at hidden cells, prepend [CLS] and [DIST], add positions."""
+
+    def __init__(self, grid: Grid, patch: Grid, channels: int, width: int, cls: bool, dist: bool, positions: bool,
+                 patches_only: bool) -> None:
+        super().__init__()
+        self.grid, self.num_prefix = grid, cls + dist
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        self.mask_token = nn.Parameter(torch.empty(1, 1, width))
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width)) if cls else None
+        self.dist_token = nn.Parameter(torch.empty(1, 1, width)) if dist else None
+        self.patches_only = patches_only
+        count = grid[0] * grid[1] + (0 if patches_only else self.num_prefix)
+        self.pos_embed = nn.Parameter(torch.empty(1, count, width)) if positions else None
+
+    def forward(self, image_BCHW: Tensor, hidden_BPQ: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) and bool (B, P, Q), True = hidden -> (B, N, D)."""
+        if hidden_BPQ is not None:
+            hidden_BPQ = repeat_mask(hidden_BPQ, self.grid)
+            image_BCHW = zero_hidden(image_BCHW, hidden_BPQ)
+        x_BND = rearrange(self.proj(image_BCHW), "B D P Q -> B (P Q) D")
+        if hidden_BPQ is not None:
+            x_BND = torch.where(rearrange(hidden_BPQ, "B P Q -> B (P Q) 1"), self.mask_token, x_BND)
+        if self.pos_embed is not None and self.patches_only:
+            x_BND = x_BND + self.pos_embed
+        prefix = [token.expand(len(x_BND), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
+        x_BND = torch.cat([*prefix, x_BND], dim=1)
+        return x_BND if self.pos_embed is None or self.patches_only else x_BND + self.pos_embed
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x)); each branch with layer scale and stochastic depth."""
+
+    def __init__(self, width: int, heads: int, mlp_width: int, qkv_bias: bool, key_bias: bool, init_values: float | None,
+                 window: Grid | None, drop_path: float) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads, qkv_bias, key_bias, window)
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        fc1, fc2 = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
+        self.gamma_1 = nn.Parameter(torch.full((width,), init_values)) if init_values else None
+        self.gamma_2 = nn.Parameter(torch.full((width,), init_values)) if init_values else None
+        self.drop_path = drop_path
+
+    def forward(self, x_BND: Tensor, bias_1nNN: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D), with a bias on the attention scores that all blocks share, if any."""
+        x_BND = x_BND + self._branch(self.attn(self.norm1(x_BND), bias_1nNN), self.gamma_1)
+        return x_BND + self._branch(self.mlp(self.norm2(x_BND)), self.gamma_2)
+
+    def _branch(self, x_BND: Tensor, gamma_D: Tensor | None) -> Tensor:
+        if gamma_D is not None:
+            x_BND = x_BND * gamma_D
+        if not self.training or not self.drop_path:
+            return x_BND
+        kept_B11 = x_BND.new_empty(len(x_BND), 1, 1).bernoulli_(1 - self.drop_path)
+        return x_BND * kept_B11 / (1 - self.drop_path)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, softmax(q k^T / sqrt(d) + bias) v."""
+
+    def __init__(self, width: int, heads: int, qkv_bias: bool, key_bias: bool, window: Grid | None) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias) if key_bias or not qkv_bias else KeylessBiasLinear(width)
+        self.rel_pos_bias = RelativePositionBias(window, heads) if window else None
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x_BND: Tensor, bias_1nNN: Tensor | None = None) -> Tensor:
+        """(B, N, D) -> (B, N, D); `bias_1nNN` is the shared table's, used where the block has no table of its own."""
+        if self.rel_pos_bias is not None:
+            bias_1nNN = self.rel_pos_bias()
+        q_BnNd, k_BnNd, v_BnNd = rearrange(self.qkv(x_BND), "B N (qkv n d) -> qkv B n N d", qkv=3, n=self.heads)
+        x_BnNd = F.scaled_dot_product_attention(q_BnNd, k_BnNd, v_BnNd, attn_mask=bias_1nNN)
+        return self.proj(rearrange(x_BnNd, "B n N d -> B N (n d)"))
+
+
+class KeylessBiasLinear(nn.Linear):
+    """BEiT's projection to queries, keys and values: the keys' bias is 0 and not learned."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, 3 D)."""
+        return F.linear(input, self.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+
+
+class RelativePositionBias(nn.Module):
+    """A learned score for each offset between two patches and each head, with three more for pairs that involve [CLS]."""
+
+    index_NN: Tensor
+
+    def __init__(self, grid: Grid, heads: int) -> None:
+        super().__init__()
+        offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets + 3, heads))
+        self.register_buffer("index_NN", relative_position_index(grid), persistent=False)
+
+    def forward(self) -> Tensor:
+        """Bias on the attention scores, (1, n, N, N)."""
+        # F.embedding and not table[index]: the backward of advanced indexing differs between runs on several CPU threads.
+        bias_NNn = F.embedding(self.index_NN, self.relative_position_bias_table)
+        return rearrange(bias_NNn, "N M n -> 1 n N M").contiguous()
+
+
+def relative_position_index(grid: Grid) -> Tensor:
+    """Row of the bias table for each pair (query, key), int32 (N, N) with N = 1 + P * Q; [CLS] comes first."""
+    p, q = grid
+    at_N2 = torch.cartesian_prod(torch.arange(p), torch.arange(q))
+    offset_NN2 = at_N2[:, None] - at_N2[None] + torch.tensor([p - 1, q - 1])
+    offsets = (2 * p - 1) * (2 * q - 1)
+    index_NN = torch.full((1 + p * q, 1 + p * q), offsets + 1)  # patch to [CLS]
+    index_NN[0] = offsets  # [CLS] to patch
+    index_NN[0, 0] = offsets + 2
+    index_NN[1:, 1:] = offset_NN2[..., 0] * (2 * q - 1) + offset_NN2[..., 1]
+    return index_NN.int()
+
+
+def _pair(size: int | Sequence[int]) -> Grid:
+    height, width = (size, size) if isinstance(size, int) else size
+    return int(height), int(width)
+
+
+def _grid(image: Grid, patch: Grid) -> Grid:
+    if image[0] % patch[0] or image[1] % patch[1]:
+        near = "x".join(str(max(round(i / p), 1) * p) for i, p in zip(image, patch, strict=True))
+        raise SettingError(f"image_size {image[0]}x{image[1]} is no multiple of patch_size {patch[0]}x{patch[1]}; {near} is")
+    return image[0] // patch[0], image[1] // patch[1]
+
+
+def _refuse_contradictions(width: int, heads: int, pool: str, cls: bool, dist: bool, relative: bool) -> None:
+    if width % heads:
+        raise SettingError(f"embed_dim {width} is no multiple of num_heads {heads}")
+    if pool not in ("token", "avg"):
+        raise SettingError(f'global_pool must be "token" or "avg", not "{pool}"')
+    if not cls and (pool == "token" or dist or relative):
+        raise SettingError('class_token=False needs global_pool="avg", no distillation token and no relative position bias')
+    if dist and pool != "token":
+        raise SettingError('a distilled backbone answers from its two tokens: global_pool must be "token"')

@@ -1,0 +1,188 @@
+"""The shard stream: exact global batches on any number of ranks and workers.
+
+The sequence of global batches is a function of seed, epoch and two constants (canonical streams, shuffle block), and of
+nothing else. Rank r of R takes rows [r*b, (r+1)*b) of each global batch of R*b samples.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils.data import DataLoader, Dataset
+
+from mimetic.data.decode import decode
+from mimetic.data.index import Index
+from mimetic.data.randomness import mix
+from mimetic.engine.errors import CheckpointError, SettingError
+
+CANONICAL_STREAMS = 8
+SHUFFLE_BLOCK = 8192
+
+Batch = dict[str, Any]
+
+
+class Transform(Protocol):
+    """Images and their seeds to the tensors of a batch; it runs in the workers."""
+
+    def __call__(self, images: list[torch.Tensor], seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
+        """Args are uint8 (C, H, W) pictures of any size and one seed each; every tensor returned is B long."""
+
+
+def epoch_order(shard_sizes: NDArray[np.int64], seed: int, epoch: int, *, streams: int = CANONICAL_STREAMS,
+                block: int = SHUFFLE_BLOCK) -> NDArray[np.int64]:  # fmt: skip
+    """The order of all samples in one epoch (numbered in shard order): a permutation.
+
+    Shards are permuted and laid end to end, the line is cut into `streams` equal parts, each part is shuffled within blocks
+    of `block` samples, and the parts are then read in turn, one sample each. So a batch mixes `streams` places of the data
+    while each place is read nearly in sequence.
+    """
+    count = int(shard_sizes.sum())
+    starts = np.concatenate([[0], np.cumsum(shard_sizes)])
+    shards = np.argsort(mix(seed, epoch, 0, np.arange(len(shard_sizes))), kind="stable")
+    line = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])
+    lengths = np.full(streams, count // streams) + (np.arange(streams) < count % streams)  # longer parts first
+    part = np.repeat(np.arange(streams), lengths)
+    place = np.arange(count) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    shuffled = np.lexsort((mix(seed, epoch, 1, line), place // block, part))
+    # `place` and `part` are sorted as the line is, so the shuffled sample at a position inherits that position's turn.
+    return line[shuffled][np.lexsort((part, place))]
+
+
+class ShardStream:
+    """Batches of one rank, epoch after epoch, from any position.
+
+    A batch is a dict: `keys` (list), `sample` (int64 numbers in the index), `valid` (bool; False marks fillers of the last
+    batch and samples that do not decode), `label` (int64, -1 where there is none), `bad` (keys that did not decode), and what
+    the transform returns; without a transform `image`, uint8, stacked where all sizes agree and a list otherwise.
+
+    Args:
+        index: opened by `mimetic.data.index.open_index`.
+        batch_size: samples per rank and batch.
+        subset: sample numbers to use instead of all.
+        tail: "pad" fills up the last batch of an epoch, each valid sample comes once; "drop" leaves the remainder out.
+
+    Raises:
+        SettingError: settings that contradict each other or the data.
+    """
+
+    def __init__(
+        self, index: Index, batch_size: int, *, rank: int = 0, world: int = 1, workers: int = 0, seed: int = 0, epoch: int = 0,
+        shuffle: bool = True, tail: str = "pad", subset: NDArray[np.int64] | None = None, transform: Transform | None = None,
+    ) -> None:  # fmt: skip
+        if tail not in ("pad", "drop"):
+            raise SettingError(f"tail is {tail!r}; it must be pad or drop")
+        if batch_size < 1 or workers < 0 or not 0 <= rank < world:
+            raise SettingError(f"batch_size {batch_size}, workers {workers}, rank {rank} of {world}: these cannot be")
+        self.samples = len(index) if subset is None else len(subset)
+        self.global_batch = batch_size * world
+        self.steps = -(-self.samples // self.global_batch) if tail == "pad" else self.samples // self.global_batch
+        if not self.steps:
+            raise SettingError(
+                f"data.batch_size {batch_size} x {world} processes = {self.global_batch} is more than the {self.samples} samples "
+                f"of {index.folder}; lower data.batch_size to {max(1, self.samples // world)}"
+            )
+        order = _Orders(index, seed, subset) if shuffle else None
+        rows = slice(rank * batch_size, (rank + 1) * batch_size)
+        self._batches = _Batches(index, order, subset, self.steps, self.global_batch, rows, seed, transform)
+        self._workers, self._step = workers, epoch * self.steps
+        self._identity = {"seed": seed, "fingerprint": index.fingerprint, "shuffle": shuffle, "tail": tail,
+                          "canonical_streams": CANONICAL_STREAMS, "shuffle_block": SHUFFLE_BLOCK}  # fmt: skip
+
+    def __len__(self) -> int:
+        """Batches per epoch, the same on every rank."""
+        return self.steps
+
+    def __iter__(self) -> Iterator[Batch]:
+        """From the present position to the end of its epoch; the next call walks the next epoch."""
+        return self.run((self._step // self.steps + 1) * self.steps)
+
+    def run(self, stop: int) -> Iterator[Batch]:
+        """From the present position to batch number `stop`, counted over epochs, with one set of workers."""
+        loader = DataLoader(
+            self._batches, batch_size=None, sampler=range(self._step, stop), num_workers=self._workers,
+            prefetch_factor=4 if self._workers else None, pin_memory=torch.cuda.is_available(),
+            worker_init_fn=_one_thread,
+        )  # fmt: skip
+        for batch in loader:
+            self._step += 1  # handed out, not prefetched
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, as samples handed out to all ranks, and what fixes the order."""
+        epoch, batch = divmod(self._step, self.steps)
+        return {"epoch": epoch, "samples": batch * self.global_batch} | self._identity
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position in O(1), whatever the number of workers, and of ranks if the global batch divides it.
+
+        Raises:
+            CheckpointError: other data, another order, or a global batch that does not divide the position.
+        """
+        for name, value in self._identity.items():
+            if state[name] != value:
+                raise CheckpointError(f"the checkpoint's data has {name} {state[name]}, this run {value}; start a new run folder")
+        batch, remainder = divmod(state["samples"], self.global_batch)
+        if remainder:
+            raise CheckpointError(
+                f"the checkpoint stands at sample {state['samples']} of its epoch, which the global batch {self.global_batch} "
+                f"does not divide; use one that does, such as {np.gcd(state['samples'], self.global_batch)}"
+            )
+        self._step = state["epoch"] * self.steps + batch
+
+
+class _Orders:
+    """The order of the epoch that is being read; the last one is kept, since batches come epoch by epoch."""
+
+    def __init__(self, index: Index, seed: int, subset: NDArray[np.int64] | None) -> None:
+        self.index, self.seed = index, seed
+        self.member = None if subset is None else np.isin(np.arange(len(index)), subset)
+        self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
+
+    def __call__(self, epoch: int) -> NDArray[np.int64]:
+        if epoch != self.epoch:
+            order = epoch_order(self.index.shard_sizes, self.seed, epoch)
+            self.epoch, self.order = epoch, order if self.member is None else order[self.member[order]]
+        return self.order
+
+
+class _Batches(Dataset[Batch]):
+    """Batch number -> batch. Any worker can make any batch, so their number changes nothing."""
+
+    def __init__(self, index: Index, order: Callable[[int], NDArray[np.int64]] | None, subset: NDArray[np.int64] | None,
+                 steps: int, global_batch: int, rows: slice, seed: int, transform: Transform | None) -> None:  # fmt: skip
+        self.index, self.order, self.steps, self.global_batch = index, order, steps, global_batch
+        self.fixed = np.arange(len(index)) if subset is None else subset
+        self.rows, self.seed, self.transform = rows, seed, transform
+
+    def __getitem__(self, step: int) -> Batch:
+        epoch, number = divmod(step, self.steps)
+        order = self.fixed if self.order is None else self.order(epoch)
+        place = np.arange(number * self.global_batch, (number + 1) * self.global_batch)[self.rows]
+        samples, valid = order[place % len(order)], place < len(order)
+        images, bad = self._images(samples, valid)
+        tensors = self.transform(images, mix(self.seed, epoch, samples)) if self.transform else {"image": _stacked(images)}
+        rows = self.index.rows[samples]
+        return {"keys": [key.decode() for key in rows["key"]], "bad": bad, "sample": torch.from_numpy(samples),
+                "valid": torch.from_numpy(valid), "label": torch.from_numpy(rows["label"].astype(np.int64))} | tensors  # fmt: skip
+
+    def _images(self, samples: NDArray[np.int64], valid: NDArray[np.bool_]) -> tuple[list[torch.Tensor], list[str]]:
+        images, bad = [], []
+        for place, sample in enumerate(samples):
+            try:
+                images.append(decode(self.index.read(sample), self.index.channels))
+            except ValueError:  # the sample keeps its place in the order and counts for nothing
+                images.append(torch.zeros(self.index.channels, 8, 8, dtype=torch.uint8))
+                if valid[place]:
+                    bad.append(self.index.rows["key"][sample].decode())
+                valid[place] = False
+        return images, bad
+
+
+def _stacked(images: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    return torch.stack(images) if len({image.shape for image in images}) == 1 else images
+
+
+def _one_thread(_: int) -> None:
+    torch.set_num_threads(1)

@@ -1,0 +1,151 @@
+"""Views: what the networks see of a picture.
+
+All randomness is drawn from each sample's own seed, as arrays over the batch. Pixels stay uint8 until they are on the device.
+
+Legend: B batch, C channels, H W pixels, P Q token grid. A box is (top, left, height, width) in pixels.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+from mimetic.data.masks import BlockMasks
+from mimetic.data.randomness import mix, uniform
+
+CROP, FLIP, JITTER, SHIFT, MASK = range(5)  # what a draw is for: each has its own stream of numbers
+ATTEMPTS = 10
+
+
+def random_boxes(seeds_B: NDArray[np.uint64], sizes_B2: NDArray[np.int64], scale: tuple[float, float],
+                 ratio: tuple[float, float] = (3 / 4, 4 / 3)) -> NDArray[np.int64]:  # fmt: skip
+    """Boxes (B, 4) of torchvision's RandomResizedCrop: an even share of the area, a log-even aspect ratio, ten tries each.
+
+    Where no try fits, the largest central box of an allowed ratio.
+    """
+    height_B1, width_B1 = sizes_B2[:, :1].astype(float), sizes_B2[:, 1:].astype(float)
+    tries = np.arange(ATTEMPTS)
+    area_BT = height_B1 * width_B1 * (scale[0] + uniform(seeds_B[:, None], CROP, 0, tries) * (scale[1] - scale[0]))
+    low, high = np.log(ratio)
+    ratio_BT = np.exp(low + uniform(seeds_B[:, None], CROP, 1, tries) * (high - low))
+    w_BT, h_BT = np.rint(np.sqrt(area_BT * ratio_BT)), np.rint(np.sqrt(area_BT / ratio_BT))
+    fits_BT = (w_BT > 0) & (w_BT <= width_B1) & (h_BT > 0) & (h_BT <= height_B1)
+    first_B, rows = fits_BT.argmax(1), np.arange(len(seeds_B))
+    whole = np.clip(width_B1 / height_B1, *ratio)[:, 0]
+    central_h = np.minimum(height_B1[:, 0], np.rint(width_B1[:, 0] / whole))
+    central_w = np.minimum(width_B1[:, 0], np.rint(height_B1[:, 0] * whole))
+    any_B = fits_BT.any(1)
+    h_B, w_B = np.where(any_B, h_BT[rows, first_B], central_h), np.where(any_B, w_BT[rows, first_B], central_w)
+    room_h, room_w = height_B1[:, 0] - h_B, width_B1[:, 0] - w_B
+    top = np.where(any_B, np.floor(uniform(seeds_B, CROP, 2) * (room_h + 1)), room_h // 2)
+    left = np.where(any_B, np.floor(uniform(seeds_B, CROP, 3) * (room_w + 1)), room_w // 2)
+    return np.stack([top, left, h_B, w_B], 1).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What happens to a picture before it is resized: shift, crop, flip, colour jitter.
+
+    Attributes:
+        scale: share of the area that a random crop keeps, (low, high); (1, 1) takes the largest box.
+        shift: pixels by which the picture may move in each direction, over black.
+        flip: probability of a horizontal flip.
+        jitter: strength of brightness, contrast and saturation jitter (BEiT: 0.4). It is computed on the crop, where BEiT's
+            code jitters the whole picture first; only contrast, which centres on a mean, notices.
+    """
+
+    scale: tuple[float, float] = (0.08, 1.0)
+    shift: int = 0
+    flip: float = 0.5
+    jitter: float = 0.0
+
+    def __call__(self, images: list[torch.Tensor], seeds_B: NDArray[np.uint64]) -> list[torch.Tensor]:
+        """Crops of different sizes, uint8."""
+        if self.shift:
+            images = self._shifted(images, seeds_B)
+        boxes = random_boxes(seeds_B, np.array([image.shape[-2:] for image in images]), self.scale)
+        flips = uniform(seeds_B, FLIP) < self.flip
+        crops = [image[:, t : t + h, l : l + w] for image, (t, l, h, w) in zip(images, boxes.tolist(), strict=True)]
+        crops = [crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)]
+        return self._jittered(crops, seeds_B) if self.jitter else crops
+
+    def _shifted(self, images: list[torch.Tensor], seeds_B: NDArray[np.uint64]) -> list[torch.Tensor]:
+        moves = np.floor(uniform(seeds_B[:, None], SHIFT, np.arange(2)) * (2 * self.shift + 1)).astype(int).tolist()
+        padded = [TF.pad(image, [self.shift]) for image in images]
+        return [
+            wide[:, y : y + image.shape[1], x : x + image.shape[2]]
+            for wide, image, (y, x) in zip(padded, images, moves, strict=True)
+        ]
+
+    def _jittered(self, crops: list[torch.Tensor], seeds_B: NDArray[np.uint64]) -> list[torch.Tensor]:
+        adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
+        factors = 1 + self.jitter * (2 * uniform(seeds_B[:, None], JITTER, 0, np.arange(3)) - 1)
+        orders = uniform(seeds_B[:, None], JITTER, 1, np.arange(3)).argsort(1)
+        jittered = []
+        for crop, factor, order in zip(crops, factors, orders, strict=True):
+            for i in order:
+                if i < 2 or len(crop) == 3:  # saturation is a matter of three channels
+                    crop = adjust[i](crop, float(factor[i])) if len(crop) in (1, 3) else crop
+            jittered.append(crop)
+        return jittered
+
+
+class PretrainViews:
+    """BEiT's two views and the mask: `image` and `target` (uint8 BCHW) share crop, flip and jitter; `hidden` (bool BPQ).
+
+    They differ in size and interpolation: bicubic for the backbone, Lanczos for the tokenizer.
+    """
+
+    def __init__(self, image_size: int, target_size: int, augmentation: Augmentation, masks: BlockMasks | None) -> None:
+        self.image_size, self.target_size, self.augmentation, self.masks = image_size, target_size, augmentation, masks
+
+    def __call__(self, images: list[torch.Tensor], seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
+        """Args as in `mimetic.data.stream.Transform`."""
+        crops = self.augmentation(images, seeds_B)
+        batch = {
+            "image": resized(crops, self.image_size, InterpolationMode.BICUBIC),
+            "target": resized(crops, self.target_size, InterpolationMode.LANCZOS),
+        }
+        return batch if self.masks is None else batch | {"hidden": self.masks.sample(mix(seeds_B, MASK))}
+
+
+class ClassifyViews:
+    """`image` (uint8 BCHW): augmented for training, or the centre for evaluation (`augmentation=None`)."""
+
+    def __init__(self, image_size: int, augmentation: Augmentation | None) -> None:
+        self.image_size, self.augmentation = image_size, augmentation
+
+    def __call__(self, images: list[torch.Tensor], seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
+        """Args as in `mimetic.data.stream.Transform`."""
+        crops = [_centre(image) for image in images] if self.augmentation is None else self.augmentation(images, seeds_B)
+        return {"image": resized(crops, self.image_size, InterpolationMode.BICUBIC)}
+
+
+def resized(crops: list[torch.Tensor], size: int, interpolation: InterpolationMode) -> torch.Tensor:
+    """uint8 (B, C, size, size), antialiased."""
+    return torch.stack([
+        crop if crop.shape[-2:] == (size, size) else TF.resize(crop, [size, size], interpolation, antialias=True)
+        for crop in crops
+    ])  # fmt: skip
+
+
+def _centre(image: torch.Tensor) -> torch.Tensor:
+    side = min(image.shape[-2:])
+    return TF.center_crop(image, [side, side])
+
+
+class Normalize(nn.Module):
+    """uint8 BCHW to float, (x / 255 - mean) / std per channel, on the device where the pixels are."""
+
+    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.register_buffer("mean_C11", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std_C11", torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """float32 BCHW."""
+        return (image_BCHW.float() / 255 - self.mean_C11) / self.std_C11

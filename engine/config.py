@@ -1,0 +1,260 @@
+"""Recipes: frozen dataclasses that yaml files and the command line map onto.
+
+This file and the recipes built from it import nothing heavy, so that `--help` and a misspelt setting answer at once, before
+torch is loaded. Unknown settings are errors at any depth.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import os
+import re
+import sys
+import tempfile
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import yaml
+
+from mimetic.engine.errors import SettingError
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is read, and in which portions.
+
+    Args:
+        index: An `index.json` made by `mimetic pack`, or the folder that holds it.
+        batch_size: Images per process and micro-batch.
+        workers: Processes per rank that decode and augment; 0 does it in the training process. Changes no number.
+        max_bad: Share of the samples that may fail to decode before the run stops; 0 is strict.
+    """
+
+    index: str
+    batch_size: int = 64
+    workers: int = 1
+    max_bad: float = 0.01
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How long to train, and what to keep. Give exactly one of steps, epochs, samples.
+
+    Args:
+        steps: Optimizer steps.
+        epochs: Passes over the data.
+        samples: Images seen.
+        accumulate: Micro-batches per optimizer step.
+        precision: fp32 or bf16 (autocast).
+        log_every: Steps between lines of metrics; the default gives about 100 lines a run.
+        checkpoint_every: Steps between checkpoints; the default gives about 10 a run.
+        keep: Checkpoints kept, newest first.
+        picture_every: Steps between pictures; the default gives about 4 a run.
+        evaluate_every: Steps between evaluations; the default evaluates at the end only.
+    """
+
+    steps: int | None = None
+    epochs: float | None = None
+    samples: int | None = None
+    accumulate: int = 1
+    precision: str = "fp32"
+    log_every: int | None = None
+    checkpoint_every: int | None = None
+    keep: int = 2
+    picture_every: int | None = None
+    evaluate_every: int | None = None
+
+    def __post_init__(self) -> None:
+        if sum(value is not None for value in (self.steps, self.epochs, self.samples)) != 1:
+            raise SettingError("give exactly one of train.steps, train.epochs, train.samples (unset the recipe's with, say, --train.samples null)")
+        if self.precision not in ("fp32", "bf16"):
+            raise SettingError(f"train.precision is {self.precision!r}; it must be fp32 or bf16")
+        for name in ("steps", "epochs", "samples", "accumulate", "log_every", "checkpoint_every", "keep"):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise SettingError(f"train.{name} is {value}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class OptimSettings:
+    """AdamW with linear warm-up and cosine decay.
+
+    Args:
+        lr: Peak learning rate, absolute, as used (no scaling rule is applied to it).
+        min_lr: Learning rate at the end.
+        warmup_lr: Learning rate of the first step.
+        warmup: Share of the training that warms up, in [0, 1).
+        weight_decay: Decay of matrices; vectors, positions, tokens and bias tables have none.
+        beta1: AdamW's first beta.
+        beta2: AdamW's second beta.
+        eps: AdamW's epsilon.
+        clip: Largest norm of the whole gradient; 0 switches clipping off.
+        layer_decay: Each block's learning rate is this times the next one's (BEiT, 2106.08254); 1 switches it off.
+    """
+
+    lr: float
+    min_lr: float = 1e-5
+    warmup_lr: float = 1e-6
+    warmup: float = 0.05
+    weight_decay: float = 0.05
+    beta1: float = 0.9
+    beta2: float = 0.999
+    eps: float = 1e-8
+    clip: float = 3.0
+    layer_decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise SettingError(f"optim.lr is {self.lr}; it must be above 0")
+        if not 0 <= self.warmup < 1:
+            raise SettingError(f"optim.warmup is {self.warmup}; it is a share of the training, in [0, 1)")
+        if not 0 < self.layer_decay <= 1:
+            raise SettingError(f"optim.layer_decay is {self.layer_decay}; it must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class BackboneSettings:
+    """Which backbone, and how it departs from the catalog.
+
+    Args:
+        name: A name of the catalog (`mimetic.list_backbones()`); they are timm's.
+        image_size: Side of the square input in pixels; the default is the name's own.
+        overrides: Arguments that differ from the catalog's, under timm's names: embed_dim, depth, num_heads, patch_size, ...
+    """
+
+    name: str = "beit_base_patch16_224"
+    image_size: int | None = None
+    overrides: dict[str, bool | int | float | str | None] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Invocation(Generic[R]):
+    """One start of an entry script: the recipe, and where the run goes.
+
+    `resume` is None (go on if the run folder holds a checkpoint, else start), "" (go on, or fail), or a checkpoint folder.
+    """
+
+    recipe: R
+    out: Path
+    resume: str | None
+
+
+def parse(recipe_class: type[R], *, example: str, argv: Sequence[str] | None = None) -> Invocation[R]:
+    """Reads `--config FILE`, `--a.b VALUE` and `--out RUN` into a recipe.
+
+    Raises:
+        SettingError: unknown or misspelt setting (with the nearest known one), wrong type, unreadable yaml.
+    """
+    from jsonargparse import ArgumentParser
+
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = ArgumentParser(
+        description=(recipe_class.__doc__ or "").split("\n\n")[0], epilog=f"example: {example}", exit_on_error=False
+    )
+    parser.add_argument("--config", action="config", help="A recipe in yaml; settings on the command line override it.")
+    parser.add_argument("--out", type=str, required=True, help="The run folder; the same command again goes on with it.")
+    parser.add_argument(
+        "--resume", nargs="?", const="", type=str, metavar="CHECKPOINT",
+        help="Refuse to start afresh: go on from the newest checkpoint of the run folder, or from this one.",
+    )  # fmt: skip
+    parser.add_class_arguments(recipe_class)
+    known = sorted(known_settings(recipe_class))
+    for file in _config_files(argv):
+        _refuse_unknown_keys(file, known)
+    try:
+        values = parser.instantiate(parser.parse_args(argv))
+    except SettingError:
+        raise
+    except Exception as error:  # jsonargparse raises argparse's, yaml's and its own kinds
+        raise SettingError(_one_line(str(error), known)) from None
+    fields = {field.name: values[field.name] for field in dataclasses.fields(recipe_class)}  # type: ignore[arg-type]
+    return Invocation(recipe_class(**fields), Path(values.out), values.resume)
+
+
+def known_settings(recipe_class: Any, prefix: str = "") -> Iterator[str]:
+    """Every dotted name that a recipe class knows; free dictionaries end in `.*`."""
+    for name, hint in typing.get_type_hints(recipe_class).items():
+        if dataclasses.is_dataclass(hint):
+            yield from known_settings(hint, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}.*" if typing.get_origin(hint) is dict else f"{prefix}{name}"
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` as `{"a.b": 1}`."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        nested = isinstance(value, dict) and value
+        flat |= flatten(value, f"{prefix}{name}.") if nested else {f"{prefix}{name}": value}
+    return flat
+
+
+def recipe_dict(recipe: Any) -> dict[str, Any]:
+    """The recipe as plain values, as stored in config.yaml and in every checkpoint."""
+    return json.loads(json.dumps(dataclasses.asdict(recipe)))
+
+
+def recipe_hash(recipe: Any) -> str:
+    """Twelve hexadecimal digits that name a recipe in records."""
+    return hashlib.sha256(json.dumps(recipe_dict(recipe), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def write_atomically(path: Path, content: bytes | str) -> None:
+    """Writes under a temporary name, syncs, renames: a reader never meets half a file, not even after a kill."""
+    data = content.encode() if isinstance(content, str) else content
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """` (did you mean X?)` when something known is near, else nothing."""
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _config_files(argv: list[str]) -> Iterator[Path]:
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        if word == "--config" and following:
+            yield Path(following)
+        elif word.startswith("--config="):
+            yield Path(word.removeprefix("--config="))
+
+
+def _refuse_unknown_keys(file: Path, known: list[str]) -> None:
+    try:
+        tree = yaml.safe_load(file.read_text())
+    except OSError as error:
+        raise SettingError(f"--config {file}: {error.strerror}; recipes lie in launch/recipes/") from None
+    except yaml.YAMLError as error:
+        raise SettingError(f"--config {file} is not yaml: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise SettingError(f"--config {file} holds no settings; write them as `section:` and `  name: value`")
+    for name in flatten(tree):
+        if name not in known and f"{name}.*" not in known and f"{name.rpartition('.')[0]}.*" not in known:
+            raise SettingError(f"{file}: unknown setting {name}{did_you_mean(name, known)}")
+
+
+def _one_line(message: str, known: list[str]) -> str:
+    unknown = re.search(r"(?:unrecognized arguments:|Unrecognized arguments:)\s*--(\S+?)(?:=|\s|$)", message)
+    if unknown:
+        return f"unknown setting --{unknown[1]}{did_you_mean(unknown[1], [*known, 'config', 'out', 'resume'])}"
+    outside = re.search(r"Group '(\S+)' does not accept option '(\S+)'", message)
+    if outside:
+        name = f"{outside[1]}.{outside[2]}"
+        return f"unknown setting {name}{did_you_mean(name, known)}"
+    return " ".join(message.split())

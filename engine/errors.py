@@ -1,0 +1,25 @@
+"""Errors that a user can cause and cure.
+
+Each carries one line that names the file or setting, both numbers where there are two, and the cure. Entry points print
+that line without a traceback and exit with code 2; everything else is a bug and keeps its traceback.
+"""
+
+
+class MimeticError(Exception):
+    """Base of every error that the user can mend."""
+
+
+class SettingError(MimeticError):
+    """A setting is unknown, misspelt, or contradicts another one."""
+
+
+class DataError(MimeticError):
+    """A file or folder of images, shards or an index is missing, empty or damaged."""
+
+
+class CheckpointError(MimeticError):
+    """A checkpoint, tokenizer or exported backbone is missing, damaged, or made by something else."""
+
+
+class LaunchError(MimeticError):
+    """The processes that were started do not agree with each other or with the launcher."""

@@ -1,0 +1,304 @@
+"""The one training loop: every entry script builds an objective and a stream, and calls `train`."""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from mimetic.engine import checkpoints
+from mimetic.engine.config import Invocation, recipe_dict
+from mimetic.engine.errors import CheckpointError, DataError, MimeticError, SettingError
+from mimetic.engine.objective import Objective, StepOutput
+from mimetic.engine.optim import adamw, learning_rate, set_learning_rate
+from mimetic.engine.run import Record, Run
+from mimetic.engine.runtime import engine_name
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Evaluate = Callable[[Objective], list[Record]]
+
+
+class Stream(Protocol):
+    """What the loop needs of a shard stream (`mimetic.data.stream.ShardStream`)."""
+
+    samples: int
+    global_batch: int
+
+    def __len__(self) -> int: ...
+    def run(self, stop: int) -> Iterator[dict[str, Any]]:
+        """Batches from the present position to batch number `stop`."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes to a position."""
+        ...
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The length of the training and what happens when, in optimizer steps."""
+
+    steps: int
+    samples_per_step: int
+    log_every: int
+    checkpoint_every: int
+    picture_every: int
+    evaluate_every: int
+
+    @classmethod
+    def of(cls, recipe: Any, stream: Stream) -> "Plan":
+        """From the recipe's one duration and the stream's global batch."""
+        train = recipe.train
+        per_step = stream.global_batch * train.accumulate
+        if train.steps is not None:
+            steps = train.steps
+        elif train.epochs is not None:
+            steps = int(train.epochs * len(stream) / train.accumulate)
+        else:
+            steps = train.samples // per_step
+        if steps < 1:
+            raise SettingError(f"the training has no whole step of {per_step} images; raise train.samples or train.epochs")
+        return cls(
+            steps, per_step, train.log_every or max(1, steps // 100), train.checkpoint_every or max(1, -(-steps // 10)),
+            train.picture_every or max(1, -(-steps // 4)), train.evaluate_every or steps,
+        )  # fmt: skip
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether something that happens `every` so many steps, and at the end, happens after this step."""
+        return step % every == 0 or step == self.steps
+
+    def logs(self, step: int) -> bool:
+        """The first step and the tenth too: they tell at once whether and how fast it learns."""
+        return step in (1, 10) or self.due(self.log_every, step)
+
+
+@dataclass
+class Meter:
+    """Sums of metrics since the last line; they stay on the device until the line is due."""
+
+    sums: dict[str, torch.Tensor] = field(default_factory=dict)
+    counts: dict[str, torch.Tensor] = field(default_factory=dict)
+    batches: int = 0
+    waiting: float = 0.0
+    bad: int = 0
+    since: float = field(default_factory=time.perf_counter)
+
+    def add(self, output: StepOutput) -> None:
+        """One micro-batch."""
+        self.batches += 1
+        for name, value in {"loss": output.loss, **output.metrics}.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
+        for name, value in output.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + value.detach().float()
+
+    def read(self, accelerator: "Accelerator") -> dict[str, float]:
+        """Means over batches and ranks, and per histogram how many codes occur and their perplexity. The one wait for the device."""
+        scalars = torch.stack([*(total / self.batches for total in self.sums.values()),
+                               torch.tensor(float(self.bad), device=accelerator.device)])  # fmt: skip
+        means = accelerator.reduce(scalars, "mean").tolist()
+        values = dict(zip([*self.sums, "bad"], means, strict=True))
+        values["bad"] *= accelerator.num_processes
+        for name, histogram in self.counts.items():
+            share = accelerator.reduce(histogram, "sum").double().cpu()
+            share = share / share.sum().clamp(min=1)
+            values |= {f"{name}_used": float((share > 0).sum()), f"{name}_perplexity": float(torch.special.entr(share).sum().exp())}
+        return values
+
+
+def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], kind: str, accelerator: "Accelerator",
+          title: str, evaluate: Evaluate | None = None) -> Objective:  # fmt: skip
+    """Trains to the end of the recipe, from the newest checkpoint of the run folder if there is one.
+
+    Args:
+        objective: model and loss, not yet wrapped.
+        stream: training batches of this rank.
+        kind: of the run, for its records: "pretrain", "classify", "tokenizer".
+        title: what the first line says is going to happen.
+        evaluate: measures the unwrapped objective; called on all ranks.
+
+    Returns:
+        The unwrapped objective, trained; the run folder holds the rest.
+    """
+    recipe, plan = invocation.recipe, Plan.of(invocation.recipe, stream)
+    run = Run(invocation, kind, main=accelerator.is_main_process)
+    optimizer = adamw(objective, recipe.optim)
+    model, optimizer = accelerator.prepare(objective, optimizer)
+    torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # drop path and the like differ between ranks
+    step, spent = _resume(accelerator, invocation, run, stream)
+    _announce(accelerator, title, recipe, plan, stream, step, invocation.out)
+    run.open(step)
+    loop = _Loop(accelerator, model, objective, optimizer, stream, recipe, plan, run, step, spent)
+    try:
+        loop.walk(evaluate)
+    finally:
+        run.close()
+    return objective
+
+
+@dataclass
+class _Loop:
+    accelerator: Any
+    model: Any
+    objective: Objective
+    optimizer: Any
+    stream: Stream
+    recipe: Any
+    plan: Plan
+    run: Run
+    step: int
+    spent: float  # seconds of training before this start
+    bad: int = 0
+
+    def walk(self, evaluate: Evaluate | None) -> None:
+        """All remaining steps; logs, pictures, evaluations and checkpoints as they fall due."""
+        started, meter, plan = time.perf_counter(), Meter(), self.plan
+        clock = _Clock(self.step)
+        batches = self.stream.run(plan.steps * self.recipe.train.accumulate)
+        while self.step < plan.steps:
+            batch, norm = self.one_step(batches, meter)
+            self.step += 1
+            seconds = self.spent + time.perf_counter() - started
+            if plan.logs(self.step):
+                self.log(meter, norm, seconds, clock)
+                meter = Meter()
+            if plan.due(plan.picture_every, self.step) and self.accelerator.is_main_process:
+                self.run.picture(self.step, self.objective.pictures(batch))
+            if evaluate and plan.due(plan.evaluate_every, self.step):
+                self.evaluate(evaluate, seconds)
+                clock = _Clock(self.step)
+            if plan.due(plan.checkpoint_every, self.step):
+                self.checkpoint(seconds)
+
+    def one_step(self, batches: Iterator[dict[str, Any]], meter: Meter) -> tuple[Mapping[str, Any], Any]:
+        """One optimizer step of `accumulate` micro-batches; returns the last batch and the gradient's norm."""
+        set_learning_rate(self.optimizer, learning_rate(self.recipe.optim, self.step / self.plan.steps))
+        self.objective.begin_step(self.step, self.plan.steps)
+        norm = None
+        for _ in range(self.recipe.train.accumulate):
+            asked = time.perf_counter()
+            batch = _to_device(next(batches), self.accelerator.device)
+            meter.waiting += time.perf_counter() - asked
+            meter.bad += len(batch["bad"])
+            with self.accelerator.accumulate(self.model):
+                output = self.model(batch)
+                self.accelerator.backward(output.loss)
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip or math.inf)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+            meter.add(output)
+        return batch, norm
+
+    def log(self, meter: Meter, norm: Any, seconds: float, clock: "_Clock") -> None:
+        """One line of metrics, to the file and to the person; stops all ranks together on NaN and on too many bad samples."""
+        values = meter.read(self.accelerator)
+        self.bad += int(values.pop("bad"))
+        elapsed = time.perf_counter() - meter.since
+        images = meter.batches * self.stream.global_batch
+        values |= {
+            "learning_rate": learning_rate(self.recipe.optim, (self.step - 1) / self.plan.steps), "grad_norm": float(norm or 0.0),
+            "images_per_second": images / elapsed, "data_wait": meter.waiting / elapsed,
+            "samples": self.step * self.plan.samples_per_step, "seconds": seconds,
+        }  # fmt: skip
+        if self.bad:
+            values["bad_samples"] = self.bad
+        self.run.metrics(self.step, values)
+        clock.tell(self.accelerator, self.step, self.plan.steps, values)
+        if not math.isfinite(values["loss"]):
+            raise MimeticError(
+                f"the loss is {values['loss']} at step {self.step}; lower optim.lr ({self.recipe.optim.lr}) or optim.clip, or use "
+                "train.precision fp32; checkpoints from before are kept"
+            )
+        allowed = int(self.recipe.data.max_bad * self.stream.samples)
+        if self.bad > allowed:
+            raise DataError(
+                f"{self.bad} samples did not decode, {allowed} of {self.stream.samples} are tolerated (data.max_bad "
+                f"{self.recipe.data.max_bad}); pack the images again, or raise it"
+            )
+
+    def evaluate(self, evaluate: Evaluate, seconds: float) -> None:
+        """Records what `evaluate` measures, beside step, samples, seconds and parameters."""
+        self.objective.eval()
+        with torch.no_grad():
+            records = evaluate(self.objective)
+        self.objective.train()
+        parameters = sum(p.numel() for p in self.objective.parameters())
+        samples = self.step * self.plan.samples_per_step
+        for r in records:
+            record = Record(r.metric, r.value, r.count, self.step, samples, round(seconds, 1), parameters, r.details)
+            self.run.record(record)
+            self.run.metrics(self.step, {r.metric: r.value})
+            if self.accelerator.is_main_process:
+                print(f"{r.metric} {r.value:.4f}" + (f" over {r.count}" if r.count else ""), flush=True)
+
+    def checkpoint(self, seconds: float) -> None:
+        """Everything that the same command needs to go on."""
+        state = {
+            "step": self.step, "seconds": seconds, "bad": self.bad, "stream": self.stream.state_dict(),
+            "recipe": recipe_dict(self.recipe), "world": self.accelerator.num_processes, "engine": engine_name(self.accelerator),
+        }  # fmt: skip
+        checkpoints.save(self.accelerator, self.run.folder / "checkpoints", self.step, state, self.recipe.train.keep)
+
+
+class _Clock:
+    """The person's line: what is being learned, how fast, and how long the whole run still takes."""
+
+    def __init__(self, step: int) -> None:
+        self.first, self.started, self.told = step, time.perf_counter(), 0.0
+
+    def tell(self, accelerator: "Accelerator", step: int, steps: int, values: dict[str, float]) -> None:
+        now = time.perf_counter()
+        if not accelerator.is_main_process or (now - self.told < 5 and step not in (1, 10, steps)):
+            return
+        self.told = now
+        left = (now - self.started) / (step - self.first) * (steps - step)
+        learned = "  ".join(f"{name} {values[name]:.3f}" for name in values if name == "loss" or "accuracy" in name)
+        print(f"step {step}/{steps}  {learned}  {values['images_per_second']:.0f} images/s  "
+              f"data wait {values['data_wait']:.0%}  {duration(left)} left", flush=True)  # fmt: skip
+
+
+def duration(seconds: float) -> str:
+    """`3 min 20 s`, as a person says it."""
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 1:
+        return f"{rest} s"
+    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def _announce(accelerator: "Accelerator", title: str, recipe: Any, plan: Plan, stream: Stream, step: int, out: Path) -> None:
+    if accelerator.is_main_process:
+        print(f"{title}: {plan.steps} steps of {plan.samples_per_step} images ({plan.steps * plan.samples_per_step:,} images, "
+              f"{plan.steps * plan.samples_per_step / stream.samples:.1f} times the {stream.samples:,} in the data)")  # fmt: skip
+        print(f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} ({engine_name(accelerator)}), "
+              f"{accelerator.device.type}, {recipe.train.precision}, learning rate {recipe.optim.lr:g}; run folder {out}"
+              + (f"; going on after step {step}" if step else ""), flush=True)  # fmt: skip
+
+
+def _resume(accelerator: "Accelerator", invocation: Invocation[Any], run: Run, stream: Stream) -> tuple[int, float]:
+    """Step and seconds so far: (0, 0.0) for a fresh start."""
+    folder = invocation.out / "checkpoints"
+    path = Path(invocation.resume) if invocation.resume else checkpoints.newest(folder)
+    if path is None:
+        if invocation.resume is not None:
+            raise CheckpointError(f"--resume: no valid checkpoint in {folder}; leave --resume out to start afresh")
+        return 0, 0.0
+    state = checkpoints.verify(path)
+    run.check_same_recipe(state["recipe"], path)
+    stream.load_state_dict(state["stream"])
+    checkpoints.load(accelerator, path, state, engine_name(accelerator))
+    return state["step"], state["seconds"]
+
+
+def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
+    }

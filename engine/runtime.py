@@ -1,0 +1,115 @@
+"""Starting up: processes, devices and precision through Accelerate; ending: one clear line for what the user can cure."""
+
+import errno
+import logging
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from mimetic.engine.config import OptimSettings, TrainSettings
+from mimetic.engine.errors import LaunchError, MimeticError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def run_entry(main: Callable[[], None]) -> None:
+    """Runs an entry script: errors that the user can cure become one line on stderr and exit code 2.
+
+    Under a launcher the first process speaks. The others wait a moment before they do: when all stop for the same reason, the
+    launcher has ended them by then, and when one stops alone, its reason is not lost.
+    """
+    try:
+        main()
+    except MimeticError as error:
+        _leave(str(error), 2)
+    except KeyboardInterrupt:
+        _leave("interrupted; the same command goes on from the last checkpoint", 130)
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        where = error.filename or "the run folder's disk"
+        _leave(f"{where}: {os.strerror(error.errno)}; free some space and give the same command: it goes on from the last checkpoint", 2)
+
+
+def _leave(line: str, code: int) -> None:
+    rank = int(os.environ.get("RANK", 0))
+    sys.stdout.flush()
+    if rank:
+        time.sleep(5)
+    print(f"mimetic: error: {line}", file=sys.stderr, flush=True)
+    if "RANK" in os.environ:
+        os._exit(code)  # a peer that waits in a collective must not keep this process from ending
+    sys.exit(code)
+
+
+def start(train: TrainSettings, optim: OptimSettings, batch_size: int) -> "Accelerator":
+    """The Accelerator of this run, on whatever the launcher set up: one process, DDP, or DeepSpeed.
+
+    Raises:
+        LaunchError: the processes that exist are not those that the launcher announced.
+    """
+    _quiet()
+    import torch
+
+    accelerated = torch.cuda.is_available() or torch.accelerator.is_available()
+    if not accelerated:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    announced = int(os.environ.get("WORLD_SIZE", 1))
+    if announced > 1 and "RANK" not in os.environ:
+        raise LaunchError(f"WORLD_SIZE is {announced} but RANK is not set; start with accelerate launch or torchrun, or unset WORLD_SIZE")
+
+    from accelerate import Accelerator
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # Without a GPU accelerate never learns DeepSpeed's backend, and each rank would believe it is process 0 of 1.
+    several = announced > 1 or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    handlers = [InitProcessGroupKwargs(backend="gloo")] if several and not accelerated else []
+    accelerator = Accelerator(
+        mixed_precision="bf16" if train.precision == "bf16" else "no",
+        gradient_accumulation_steps=train.accumulate,
+        kwargs_handlers=handlers,
+        step_scheduler_with_optimizer=False,
+    )
+    _check_world(accelerator, announced)
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        if plugin.zero_stage == 3:
+            raise LaunchError("ZeRO stage 3 is not supported yet; use launch/accelerate/zero1.yaml")
+        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
+        plugin.deepspeed_config["gradient_accumulation_steps"] = train.accumulate
+        plugin.deepspeed_config["gradient_clipping"] = optim.clip
+        plugin.deepspeed_config["steps_per_print"] = 1 << 62
+    return accelerator
+
+
+def engine_name(accelerator: "Accelerator") -> str:
+    """How gradients are shared: "one process", "DDP" or "ZeRO-1"."""
+    plugin = accelerator.state.deepspeed_plugin
+    if plugin is not None:
+        return f"ZeRO-{plugin.zero_stage}"
+    return "DDP" if accelerator.num_processes > 1 else "one process"
+
+
+def _check_world(accelerator: Any, announced: int) -> None:
+    if accelerator.num_processes != announced:
+        raise LaunchError(
+            f"the launcher announced {announced} processes, but accelerate sees {accelerator.num_processes}: each would train alone; "
+            "start with a file of launch/accelerate/"
+        )
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and accelerator.state.deepspeed_plugin is None:
+        raise LaunchError("DeepSpeed was asked for, but ACCELERATE_USE_CPU switches it off; remove --cpu or use_cpu from the launch")
+
+
+def _quiet() -> None:
+    """Other people's start-up chatter hides the lines that matter."""
+    os.environ.setdefault("DS_LOG_LEVEL", "warning")
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    for name in ("DeepSpeed", "deepspeed", "torch.distributed.run", "accelerate", "torch.utils.cpp_extension"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(deepspeed|accelerate|torch\.distributed)\b.*")

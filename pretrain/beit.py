@@ -1,0 +1,68 @@
+"""BEiT pretraining: `accelerate launch pretrain/beit.py --config launch/recipes/beit_base_in1k.yaml --out runs/beit`."""
+
+from mimetic.engine.config import Invocation, parse
+from mimetic.engine.run import Run
+from mimetic.engine.runtime import run_entry, start
+from mimetic.pretrain.recipe import BeitRecipe
+
+EXAMPLE = "accelerate launch pretrain/beit.py --config launch/recipes/beit_fashion_mnist.yaml --out runs/beit"
+
+
+def main() -> None:
+    """Entry point."""
+    invocation = parse(BeitRecipe, example=EXAMPLE)
+    if Run(invocation, "pretrain").finished:
+        print(f"{invocation.out} is finished: this very recipe has been trained there; its backbone is {invocation.out}/backbone")
+        return
+    pretrain(invocation)
+
+
+def pretrain(invocation: Invocation[BeitRecipe]) -> None:
+    """Builds the parts, trains, and leaves the backbone in `RUN/backbone`."""
+    recipe = invocation.recipe
+    accelerator = start(recipe.train, recipe.optim, recipe.data.batch_size)
+
+    import torch
+
+    from mimetic.backbones.catalog import create_backbone
+    from mimetic.backbones.files import save_backbone
+    from mimetic.data.index import open_index
+    from mimetic.data.masks import BlockMasks
+    from mimetic.data.stream import ShardStream
+    from mimetic.data.views import Augmentation, Normalize, PretrainViews
+    from mimetic.engine.loop import train
+    from mimetic.pretrain.mim import MaskedImageModeling, TokenHead
+    from mimetic.tokenizers.files import open_tokenizer
+
+    torch.manual_seed(recipe.seed)
+    index = open_index(recipe.data.index)
+    tokenizer = open_tokenizer(recipe.tokenizer.path)
+    settings, views, mask = recipe.backbone, recipe.views, recipe.mask
+    backbone = create_backbone(
+        settings.name, image_size=settings.image_size, in_channels=index.channels, **{"global_pool": "token"} | settings.overrides
+    )
+    target_size = views.target_size or backbone.mask_grid[0] * tokenizer.stride
+    token_grid = (target_size // tokenizer.stride,) * 2
+    masks = BlockMasks(backbone.mask_grid, mask.count, mask.min_block, mask.aspect)
+    head = TokenHead(backbone.embed_dim, tokenizer.vocab_size, mask.count)
+    normalize = Normalize(tuple(views.mean or index.mean), tuple(views.std or index.std))
+    objective = MaskedImageModeling(backbone, tokenizer, head, normalize, token_grid, accelerator.device)
+    augmentation = Augmentation((views.crop_low, views.crop_high), views.shift, views.flip, views.jitter)
+    stream = ShardStream(
+        index, recipe.data.batch_size, rank=accelerator.process_index, world=accelerator.num_processes,
+        workers=recipe.data.workers, seed=recipe.seed, tail="drop",
+        transform=PretrainViews(backbone.image_size[0], target_size, augmentation, masks),
+    )  # fmt: skip
+    title = f"BEiT pretraining of {settings.name} ({sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters) without labels"
+    train(objective, stream, invocation=invocation, kind="pretrain", accelerator=accelerator, title=title)
+    if accelerator.is_main_process:
+        out = invocation.out / "backbone"
+        save_backbone(backbone, out, mean=normalize.mean_C11.flatten().tolist(), std=normalize.std_C11.flatten().tolist())
+        Run(invocation, "pretrain").finish()
+        print(f"pretrained backbone in {out}\nnext: accelerate launch finetune/classify.py --config launch/recipes/classify_fashion_mnist.yaml "
+              f"--init.path {invocation.out} --out runs/classify")  # fmt: skip
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_entry(main)

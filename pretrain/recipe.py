@@ -1,0 +1,74 @@
+"""What a BEiT pretraining is made of. Imports nothing heavy: `--help` and typos answer before torch is loaded."""
+
+from dataclasses import dataclass
+
+from mimetic.engine.config import BackboneSettings, DataSettings, OptimSettings, TrainSettings
+
+
+@dataclass(frozen=True)
+class TokenizerSettings:
+    """The frozen image tokenizer.
+
+    Args:
+        path: The folder of a tokenizer, or the run folder that trained it.
+    """
+
+    path: str
+
+
+@dataclass(frozen=True)
+class MaskSettings:
+    """BEiT's blockwise masks.
+
+    Args:
+        count: K, hidden cells per image, exactly.
+        min_block: Cells of the smallest block.
+        aspect: Lowest aspect ratio of a block; the highest is its inverse.
+    """
+
+    count: int = 75
+    min_block: int = 16
+    aspect: float = 0.3
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """The views of a picture that backbone and tokenizer get.
+
+    Args:
+        crop_low: Smallest share of the picture's area that a random crop keeps.
+        crop_high: Largest share.
+        shift: Pixels by which the picture may move before it is cropped.
+        flip: Probability of a horizontal flip.
+        jitter: Strength of brightness, contrast and saturation jitter.
+        target_size: Side of the tokenizer's view in pixels; the default gives the backbone's patch grid.
+        mean: Per channel, in [0, 1], subtracted from the backbone's view; the default is the index's.
+        std: Per channel; the default is the index's.
+    """
+
+    crop_low: float = 0.08
+    crop_high: float = 1.0
+    shift: int = 0
+    flip: float = 0.5
+    jitter: float = 0.4
+    target_size: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+
+
+@dataclass(frozen=True)
+class BeitRecipe:
+    """Pretrains a backbone by BEiT's masked image modeling (arXiv 2106.08254).
+
+    Args:
+        seed: Of everything that is random.
+    """
+
+    data: DataSettings
+    train: TrainSettings
+    optim: OptimSettings
+    tokenizer: TokenizerSettings
+    backbone: BackboneSettings = BackboneSettings()
+    mask: MaskSettings = MaskSettings()
+    views: ViewSettings = ViewSettings()
+    seed: int = 0

@@ -1,0 +1,85 @@
+"""Training a dVAE in the common loop: annealing, dead codes, pictures, and what is measured on held-out images."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from mimetic.engine.objective import Objective, StepOutput
+from mimetic.engine.pictures import contact_sheet
+from mimetic.engine.run import Record
+from mimetic.tokenizers.dvae import DVAE
+from mimetic.tokenizers.usage import blank_cells, code_usage, count_codes
+
+SHOWN = 12
+
+
+class DVAEObjective(Objective):
+    """The relaxed evidence bound; the temperature falls exponentially, the KL's weight rises over the first half.
+
+    Dead codes are restarted every `restart_every` steps of the first three quarters: the last codes need time to settle.
+    """
+
+    def __init__(self, dvae: DVAE, temperature: float, final_temperature: float, kl_weight: float, restart_every: int) -> None:
+        super().__init__()
+        self.dvae = dvae
+        self.temperatures, self.kl_weight, self.restart_every = (temperature, final_temperature), kl_weight, restart_every
+        self._temperature, self._kl_weight, self._restart_seed = temperature, 0.0, 0
+
+    def begin_step(self, step: int, steps: int) -> None:
+        """Anneals by the share of steps done."""
+        progress = step / steps
+        high, low = self.temperatures
+        self._temperature = high * (low / high) ** progress
+        self._kl_weight = self.kl_weight * min(1.0, 2 * progress)
+        self._restart_seed = step if step % self.restart_every == 0 and progress < 0.75 else 0
+
+    def forward(self, batch: Mapping[str, Any]) -> StepOutput:
+        """`target` uint8 (B, C, H, W)."""
+        image_BCHW = batch["image"].float() / 255
+        if self.training and self._restart_seed:
+            self.dvae.restart_dead_codes(image_BCHW, self._restart_seed)
+            self._restart_seed = 0
+        loss, metrics = self.dvae.loss(image_BCHW, self._temperature, self._kl_weight)
+        return StepOutput(loss, metrics)
+
+    @torch.no_grad()
+    def pictures(self, batch: Mapping[str, Any]) -> np.ndarray:
+        """Rows: images, and what their tokens decode to."""
+        image_BCHW = batch["image"][:SHOWN].float() / 255
+        return contact_sheet([image_BCHW, self.dvae.decode(self.dvae.encode(image_BCHW))])
+
+
+def evaluate_tokenizer(dvae: DVAE, batches: Iterable[Mapping[str, Any]], device: torch.device,
+                       add_up: Callable[[torch.Tensor], torch.Tensor]) -> list[Record]:  # fmt: skip
+    """Code usage and reconstruction over held-out images, each counted once.
+
+    Args:
+        batches: with `image` uint8 (B, C, H, W) and `valid`.
+        add_up: sums a tensor over ranks.
+
+    Returns:
+        Records `codes_used` (share), `perplexity`, `perplexity_non_blank`, and `reconstruction_psnr` in dB.
+    """
+    counts, textured = torch.zeros(2, dvae.vocab_size, dtype=torch.float64, device=device)
+    error = torch.zeros(2, dtype=torch.float64, device=device)  # sum of squares, pixels
+    images = torch.zeros(1, dtype=torch.float64, device=device)
+    for batch in batches:
+        valid_B = batch["valid"].to(device)
+        image_BCHW = batch["image"].to(device)[valid_B].float() / 255
+        ids_BPQ = dvae.encode(image_BCHW)
+        counts += count_codes(ids_BPQ, dvae.vocab_size)
+        textured += count_codes(ids_BPQ[~blank_cells(image_BCHW, dvae.stride)], dvae.vocab_size)
+        error += torch.stack([(dvae.decode(ids_BPQ) - image_BCHW).double().square().sum(), torch.tensor(float(image_BCHW.numel()))])
+        images += valid_B.sum()
+    counts, textured, error, images = (add_up(value) for value in (counts, textured, error, images))
+    used, perplexity = code_usage(counts)
+    number = int(images)
+    return [
+        Record("codes_used", float(used), number, details={"vocab_size": dvae.vocab_size, "counts": counts.int().tolist()}),
+        Record("perplexity", float(perplexity), number),
+        Record("perplexity_non_blank", float(code_usage(textured)[1]), number),
+        Record("reconstruction_psnr", -10 * math.log10(max(float(error[0] / error[1]), 1e-12)), number),
+    ]

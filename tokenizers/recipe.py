@@ -1,0 +1,67 @@
+"""What a dVAE training is made of. Imports nothing heavy: `--help` and typos answer before torch is loaded."""
+
+from dataclasses import dataclass
+
+from mimetic.engine.config import DataSettings, OptimSettings, TrainSettings
+
+
+@dataclass(frozen=True)
+class DvaeSettings:
+    """The tokenizer's size and its annealing (Ramesh et al., arXiv 2102.12092).
+
+    Args:
+        vocab_size: V, codes.
+        stride: Pixels of a cell's side: 4, 8 or 16.
+        width: Channels of the convolutions at the cell grid.
+        code_width: Width of a code vector.
+        depth: Residual blocks on each side.
+        temperature: Of the Gumbel-softmax at the start.
+        final_temperature: At the end.
+        kl_weight: Weight of the KL to uniform, reached linearly over the first half of the training.
+        restart_every: Steps between restarts of dead codes.
+        seed_images: Images whose features seed the codebook.
+    """
+
+    vocab_size: int = 8192
+    stride: int = 8
+    width: int = 64
+    code_width: int = 32
+    depth: int = 1
+    temperature: float = 1.0
+    final_temperature: float = 0.0625
+    kl_weight: float = 0.0
+    restart_every: int = 50
+    seed_images: int = 2048
+
+
+@dataclass(frozen=True)
+class TokenizerViewSettings:
+    """What the tokenizer sees while it trains.
+
+    Args:
+        image_size: Side in pixels, a multiple of the stride.
+        crop_low: Smallest share of the picture's area that a random crop keeps.
+        flip: Probability of a horizontal flip.
+    """
+
+    image_size: int = 112
+    crop_low: float = 0.5
+    flip: float = 0.5
+
+
+@dataclass(frozen=True)
+class DvaeRecipe:
+    """Trains a dVAE image tokenizer on shards (arXiv 2102.12092), without labels.
+
+    Args:
+        seed: Of everything that is random.
+        evaluate_on: An index of held-out images; code usage and reconstructions are measured there.
+    """
+
+    data: DataSettings
+    train: TrainSettings
+    optim: OptimSettings
+    dvae: DvaeSettings = DvaeSettings()
+    views: TokenizerViewSettings = TokenizerViewSettings()
+    evaluate_on: str | None = None
+    seed: int = 0

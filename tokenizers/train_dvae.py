@@ -1,0 +1,72 @@
+"""Trains a dVAE tokenizer: `accelerate launch tokenizers/train_dvae.py --config launch/recipes/... --out runs/tokenizer`."""
+
+from mimetic.engine.config import Invocation, parse
+from mimetic.engine.errors import SettingError
+from mimetic.engine.run import Run
+from mimetic.engine.runtime import run_entry, start
+from mimetic.tokenizers.recipe import DvaeRecipe
+
+EXAMPLE = "accelerate launch tokenizers/train_dvae.py --config launch/recipes/dvae_fashion_mnist.yaml --out runs/tokenizer"
+
+
+def main() -> None:
+    """Entry point."""
+    invocation = parse(DvaeRecipe, example=EXAMPLE)
+    if Run(invocation, "tokenizer").finished:
+        print(f"{invocation.out} is finished: this very recipe has been trained there; its tokenizer is {invocation.out}/tokenizer")
+        return
+    train_dvae(invocation)
+
+
+def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
+    """Builds the parts, trains, measures on held-out images, and leaves the tokenizer in `RUN/tokenizer`."""
+    recipe = invocation.recipe
+    accelerator = start(recipe.train, recipe.optim, recipe.data.batch_size)
+
+    import torch
+
+    from mimetic.data.index import open_index
+    from mimetic.data.stream import ShardStream
+    from mimetic.data.views import Augmentation, ClassifyViews
+    from mimetic.engine.checkpoints import newest
+    from mimetic.engine.loop import train
+    from mimetic.tokenizers.dvae import DVAE
+    from mimetic.tokenizers.files import save_tokenizer
+    from mimetic.tokenizers.objective import DVAEObjective, evaluate_tokenizer
+
+    torch.manual_seed(recipe.seed)
+    index = open_index(recipe.data.index)
+    settings, views = recipe.dvae, recipe.views
+    if views.image_size % settings.stride:
+        raise SettingError(f"views.image_size {views.image_size} is no multiple of dvae.stride {settings.stride}; use "
+                           f"{max(1, views.image_size // settings.stride) * settings.stride}")  # fmt: skip
+    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
+    augment = ClassifyViews(views.image_size, Augmentation((views.crop_low, 1.0), flip=views.flip))
+    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=augment, **ranks)
+    dvae = DVAE(settings.vocab_size, settings.stride, index.channels, settings.width, settings.code_width, settings.depth)
+    dvae.to(accelerator.device)
+    if newest(invocation.out / "checkpoints") is None:  # the same images on every rank and world
+        first = ShardStream(index, min(settings.seed_images, len(index)), seed=recipe.seed, transform=augment)
+        dvae.seed_codebook(next(iter(first))["image"].to(accelerator.device).float() / 255, recipe.seed)
+    objective = DVAEObjective(
+        dvae, settings.temperature, settings.final_temperature, settings.kl_weight, settings.restart_every
+    )  # fmt: skip
+
+    def evaluate(_: object) -> list:
+        held_out = ShardStream(open_index(recipe.evaluate_on), 256, shuffle=False, transform=ClassifyViews(views.image_size, None), **ranks)
+        return evaluate_tokenizer(dvae, held_out, accelerator.device, lambda value: accelerator.reduce(value, "sum"))
+
+    size = sum(p.numel() for p in dvae.parameters()) / 1e6
+    title = f"dVAE tokenizer of {settings.vocab_size} codes, stride {settings.stride} ({size:.1f} M parameters), without labels"
+    train(objective, stream, invocation=invocation, kind="tokenizer", accelerator=accelerator, title=title,
+          evaluate=evaluate if recipe.evaluate_on else None)  # fmt: skip
+    if accelerator.is_main_process:
+        save_tokenizer(dvae, invocation.out / "tokenizer")
+        Run(invocation, "tokenizer").finish()
+        print(f"tokenizer in {invocation.out}/tokenizer\nnext: accelerate launch pretrain/beit.py --config launch/recipes/"
+              f"beit_fashion_mnist.yaml --tokenizer.path {invocation.out} --out runs/pretrain")  # fmt: skip
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_entry(main)
