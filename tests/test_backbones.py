@@ -10,13 +10,14 @@ import sys
 import pytest
 import timm
 import torch
-from mimetic.backbones.catalog import CATALOG, create_backbone, list_backbones
-from mimetic.backbones.contract import Backbone
-from mimetic.engine.errors import CheckpointError, SettingError
 from oracles import TOLERANCE, perturb_, worst
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import BeitConfig, BeitForMaskedImageModeling
+
+from mimetic.backbones.catalog import CATALOG, create_backbone, list_backbones
+from mimetic.backbones.contract import Backbone
+from mimetic.engine.errors import CheckpointError, SettingError
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": 4}
 SMALL_AT_20 = {"num_classes": 7, "image_size": 20, **SMALL}
@@ -40,7 +41,8 @@ CASES = {
     "beit-no-bias": {"name": "beit_base_patch16_224", "qkv_bias": False, "use_rel_pos_bias": False, **SMALL_AT_20},
     "beit-shared": {"name": "beit_base_patch16_224", "use_shared_rel_pos_bias": True, **SMALL_AT_20},
     "beit-shared-cls": {
-        "name": "beit_base_patch16_224", "use_shared_rel_pos_bias": True, "global_pool": "token", **SMALL_AT_20, "num_classes": 0,
+        "name": "beit_base_patch16_224", "use_shared_rel_pos_bias": True, "global_pool": "token", **SMALL_AT_20,
+        "num_classes": 0,
     },
     "vit-avg-headless": {"name": "vit_tiny_patch16_224", "global_pool": "avg", **SMALL_AT_20, "num_classes": 0},
     "beit-headless": {"name": "beit_base_patch16_224", **SMALL_AT_20, "num_classes": 0},

@@ -1,0 +1,75 @@
+"""Classification: `accelerate launch finetune/classify.py --config launch/recipes/... --out runs/supervised`."""
+
+from mimetic.engine.config import Invocation, parse
+from mimetic.engine.run import Run
+from mimetic.engine.runtime import run_entry, start
+from mimetic.finetune.recipe import ClassifyRecipe
+
+EXAMPLE = (
+    "accelerate launch finetune/classify.py --config launch/recipes/classify_fashion_mnist.yaml --init.path runs/beit "
+    "--arm fine-tuned --out runs/fine-tuned"
+)
+
+
+def main() -> None:
+    """Entry point."""
+    invocation = parse(ClassifyRecipe, example=EXAMPLE)
+    if Run(invocation, "classify").finished:
+        print(f"{invocation.out} is finished: this very recipe has been trained there; its records are {invocation.out}/records.jsonl")
+        return
+    classify(invocation)
+
+
+def classify(invocation: Invocation[ClassifyRecipe]) -> None:
+    """Builds the parts, trains, measures, and leaves the classifier in the run folder."""
+    recipe = invocation.recipe
+    accelerator = start(recipe.train, recipe.optim, recipe.data.batch_size)
+
+    import torch
+
+    from mimetic.data.index import draw_per_class, open_index
+    from mimetic.data.stream import ShardStream
+    from mimetic.data.views import Augmentation, ClassifyViews
+    from mimetic.engine.loop import train
+    from mimetic.finetune.classifiers import build_classifier, open_classifier, save_classifier
+    from mimetic.finetune.evaluate import accuracy
+    from mimetic.finetune.objectives import Distill, Mixing, Supervised
+
+    torch.manual_seed(recipe.seed)
+    index, held_out = open_index(recipe.data.index), open_index(recipe.evaluation.index)
+    model, normalize = build_classifier(recipe, index)
+    views, size = recipe.views, model.image_size[0]
+    draws = [
+        None if labels.per_class is None else draw_per_class(of, labels.per_class, labels.seed, skip=labels.skip)
+        for of, labels in ((index, recipe.labels), (held_out, recipe.evaluation.labels))
+    ]
+    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
+    augmentation = Augmentation((views.crop_low, 1.0), views.shift, views.flip, views.jitter)
+    stream = ShardStream(
+        index, recipe.data.batch_size, seed=recipe.seed, tail="drop", subset=draws[0], transform=ClassifyViews(size, augmentation),
+        **ranks,
+    )  # fmt: skip
+    mixing = Mixing(len(index.classes), views.mixup, views.cutmix, recipe.seed)
+    if recipe.distill.teacher:
+        teacher, teacher_normalize = open_classifier(recipe.distill.teacher)
+        objective = Distill(model, normalize, mixing, views.smoothing, teacher, teacher_normalize, accelerator.device)
+    else:
+        objective = Supervised(model, normalize, mixing, views.smoothing)
+    details = {"arm": recipe.arm, "labels": stream.samples, "backbone": recipe.backbone.name}
+
+    def evaluate(_: object) -> list:
+        batches = ShardStream(held_out, 256, shuffle=False, subset=draws[1], transform=ClassifyViews(size, None), **ranks)
+        return [accuracy(model, normalize, batches, accelerator.device, lambda total: accelerator.reduce(total, "sum"),
+                         recipe.evaluation.metric, details)]  # fmt: skip
+
+    title = f"{recipe.arm}: {recipe.backbone.name} on {stream.samples:,} labelled images of {len(index.classes)} classes"
+    train(objective, stream, invocation=invocation, kind="classify", accelerator=accelerator, title=title, evaluate=evaluate)
+    if accelerator.is_main_process:
+        folder = save_classifier(model, normalize, invocation.out, {"classes": index.classes})
+        Run(invocation, "classify").finish()
+        print(f"classifier in {folder}\nnext: mimetic compare {invocation.out} ... --out report")
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_entry(main)
