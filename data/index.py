@@ -5,10 +5,10 @@ holds one fixed-size row per sample, read through a memory map, so that any samp
 lets a stream be exact on any number of ranks and workers and resume without replay.
 """
 
-import functools
 import hashlib
 import json
 import os
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from mimetic.data.randomness import mix
 from mimetic.engine.errors import DataError, SettingError
 
 VERSION = 1
+ROW = ("shard", "offset", "size", "label", "key")
+OPEN_SHARDS = 128  # file descriptors are few: often 1024 for a process, 256 on macOS
 UNLABELLED = -1
 
 
@@ -63,7 +65,7 @@ class Index:
         """
         row = self.rows[sample]
         path = self.folder / self.shards[row["shard"]]["name"]
-        content = os.pread(_descriptor(path), int(row["size"]), int(row["offset"]))
+        content = os.pread(_descriptor(path, self.fingerprint), int(row["size"]), int(row["offset"]))
         if len(content) != row["size"]:
             raise DataError(f"{path}: sample {row['key'].decode()} has {len(content)} of {row['size']} bytes; pack it again")
         return content
@@ -86,14 +88,18 @@ def open_index(path: str | Path) -> Index:
         shards, image = content["shards"], content["image"]
         index = Index(file.parent, shards, content["classes"], image["channels"], tuple(image["mean"]), tuple(image["std"]),
                       rows, hashlib.sha256(file.read_bytes()).hexdigest()[:16])  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        names = [(file.parent / shard["name"], shard["bytes"]) for shard in shards]
+        listed = index.shard_sizes.sum()
+        if rows.dtype.names != ROW or rows.shape != (listed,):
+            raise ValueError(f"samples.npy holds {rows.shape} of {rows.dtype.names}, the shards {listed} samples")
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is damaged ({type(error).__name__}: {error}); pack it again") from None
     if not len(index):
         raise DataError(f"{file}: the index holds no sample; pack a folder that has images")
-    for shard in shards:
-        found = (file.parent / shard["name"]).stat().st_size if (file.parent / shard["name"]).exists() else 0
-        if found != shard["bytes"]:
-            raise DataError(f"{file.parent / shard['name']}: {found} bytes, the index says {shard['bytes']}; pack it again")
+    for shard, size in names:
+        found = shard.stat().st_size if shard.exists() else 0
+        if found != size:
+            raise DataError(f"{shard}: {found} bytes, the index says {size}; pack it again")
     return index
 
 
@@ -115,10 +121,20 @@ def draw_per_class(index: Index, count: int, seed: int, *, skip: int = 0) -> NDA
     return np.sort(np.concatenate(draws))
 
 
-@functools.cache
-def _descriptor(path: Path) -> int:
-    # One descriptor per shard and process, kept open: pread has no shared position, so forked workers do not disturb each other.
+_descriptors: OrderedDict[tuple[Path, str], int] = OrderedDict()
+
+
+def _descriptor(path: Path, fingerprint: str) -> int:
+    # Kept open per process, the OPEN_SHARDS last used; shards packed anew have another fingerprint. pread has no shared
+    # position, so forked workers do not disturb each other.
+    known = (path, fingerprint)
+    if known in _descriptors:
+        _descriptors.move_to_end(known)
+        return _descriptors[known]
+    while len(_descriptors) >= OPEN_SHARDS:
+        os.close(_descriptors.popitem(last=False)[1])
     try:
-        return os.open(path, os.O_RDONLY)
+        _descriptors[known] = os.open(path, os.O_RDONLY)
     except OSError as error:
         raise DataError(f"{path}: {error.strerror}; the index names this shard") from None
+    return _descriptors[known]

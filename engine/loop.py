@@ -15,7 +15,7 @@ from mimetic.engine.errors import CheckpointError, DataError, MimeticError, Sett
 from mimetic.engine.objective import Objective, StepOutput
 from mimetic.engine.optim import adamw, learning_rate, set_learning_rate
 from mimetic.engine.run import Record, Run
-from mimetic.engine.runtime import engine_name
+from mimetic.engine.runtime import add_up, engine_name
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -104,11 +104,11 @@ class Meter:
         """Means over batches and ranks, and per histogram how many codes occur and their perplexity. The one wait for the device."""
         scalars = torch.stack([*(total / self.batches for total in self.sums.values()),
                                torch.tensor(float(self.bad), device=accelerator.device)])  # fmt: skip
-        means = accelerator.reduce(scalars, "mean").tolist()
+        means = (add_up(scalars) / accelerator.num_processes).tolist()
         values = dict(zip([*self.sums, "bad"], means, strict=True))
         values["bad"] *= accelerator.num_processes
         for name, histogram in self.counts.items():
-            share = accelerator.reduce(histogram, "sum").double().cpu()
+            share = add_up(histogram).double().cpu()
             share = share / share.sum().clamp(min=1)
             values |= {f"{name}_used": float((share > 0).sum()), f"{name}_perplexity": float(torch.special.entr(share).sum().exp())}
         return values

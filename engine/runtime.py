@@ -13,6 +13,7 @@ from mimetic.engine.config import OptimSettings, TrainSettings
 from mimetic.engine.errors import LaunchError, MimeticError
 
 if TYPE_CHECKING:
+    import torch
     from accelerate import Accelerator
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -67,13 +68,15 @@ def start(train: TrainSettings, optim: OptimSettings, batch_size: int) -> "Accel
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs
 
-    # Without a GPU accelerate never learns DeepSpeed's backend, and each rank would believe it is process 0 of 1.
-    several = announced > 1 or os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    handlers = [InitProcessGroupKwargs(backend="gloo")] if several and not accelerated else []
+    # On CPUs accelerate has to be told twice. Under DeepSpeed it never learns the backend, and each rank believes it is process
+    # 0 of 1; without DeepSpeed it needs cpu=True, or it knows of two processes and yet wraps nothing in DDP.
+    deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
+    gloo = not accelerated and (announced > 1 or deepspeed)
     accelerator = Accelerator(
+        cpu=not accelerated and not deepspeed,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else [],
         mixed_precision="bf16" if train.precision == "bf16" else "no",
         gradient_accumulation_steps=train.accumulate,
-        kwargs_handlers=handlers,
         step_scheduler_with_optimizer=False,
     )
     _check_world(accelerator, announced)
@@ -96,10 +99,24 @@ def engine_name(accelerator: "Accelerator") -> str:
     return "DDP" if accelerator.num_processes > 1 else "one process"
 
 
+def add_up(tensor: "torch.Tensor") -> "torch.Tensor":
+    """The sum over all processes."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        tensor = tensor.clone()
+        torch.distributed.all_reduce(tensor)
+    return tensor
+
+
 def _check_world(accelerator: Any, announced: int) -> None:
-    if accelerator.num_processes != announced:
+    from accelerate.utils import DistributedType
+
+    alone = announced > 1 and accelerator.distributed_type == DistributedType.NO
+    if accelerator.num_processes != announced or alone:
         raise LaunchError(
-            f"the launcher announced {announced} processes, but accelerate sees {accelerator.num_processes}: each would train alone; "
+            f"the launcher announced {announced} processes, but accelerate sees "
+            f"{1 if alone else accelerator.num_processes}: each would train alone; "
             "start with a file of launch/accelerate/"
         )
     if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true" and accelerator.state.deepspeed_plugin is None:

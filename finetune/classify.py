@@ -2,7 +2,7 @@
 
 from mimetic.engine.config import Invocation, parse
 from mimetic.engine.run import Run
-from mimetic.engine.runtime import run_entry, start
+from mimetic.engine.runtime import add_up, run_entry, start
 from mimetic.finetune.recipe import ClassifyRecipe
 
 EXAMPLE = (
@@ -59,8 +59,7 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
 
     def evaluate(_: object) -> list:
         batches = ShardStream(held_out, 256, shuffle=False, subset=draws[1], transform=ClassifyViews(size, None), **ranks)
-        return [accuracy(model, normalize, batches, accelerator.device, lambda total: accelerator.reduce(total, "sum"),
-                         recipe.evaluation.metric, details)]  # fmt: skip
+        return [accuracy(model, normalize, batches, accelerator.device, recipe.evaluation.metric, details)]
 
     title = f"{recipe.arm}: {recipe.backbone.name} on {stream.samples:,} labelled images of {len(index.classes)} classes"
     train(objective, stream, invocation=invocation, kind="classify", accelerator=accelerator, title=title, evaluate=evaluate)

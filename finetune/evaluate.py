@@ -1,21 +1,21 @@
 """Accuracy over a whole set, each image counted exactly once on any number of processes."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from mimetic.engine.run import Record
+from mimetic.engine.runtime import add_up
 
 
 def accuracy(model: nn.Module, normalize: nn.Module, batches: Iterable[Mapping[str, Any]], device: torch.device,
-             add_up: Callable[[torch.Tensor], torch.Tensor], metric: str, details: dict[str, Any]) -> Record:  # fmt: skip
+             metric: str, details: dict[str, Any]) -> Record:  # fmt: skip
     """Share of correct decisions.
 
     Args:
         batches: with `image`, `label` and `valid`, from a padded, unshuffled stream.
-        add_up: sums a tensor over ranks.
         metric: the record's name.
         details: kept in the record.
     """

@@ -34,10 +34,10 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     from mimetic.pretrain.mim import MaskedImageModeling, TokenHead
     from mimetic.tokenizers.files import open_tokenizer
 
-    torch.manual_seed(recipe.seed)
     index = open_index(recipe.data.index)
     tokenizer = open_tokenizer(recipe.tokenizer.path)
     settings, views, mask = recipe.backbone, recipe.views, recipe.mask
+    torch.manual_seed(recipe.seed)
     backbone = create_backbone(
         settings.name, image_size=settings.image_size, in_channels=index.channels, **{"global_pool": "token"} | settings.overrides
     )

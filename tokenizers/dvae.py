@@ -4,9 +4,9 @@ Legend: B batch, C channels, H W pixels, P Q cells (P = H / stride, Q = W / stri
 E = C * stride**2 values in a cell.
 
 A dVAE that starts from random weights soon finds a few codes good enough and never leaves them. This one starts as
-k-means over the principal components of cells: encoder and decoder are each a linear map of a cell, set from data by
-`seed_codebook`, plus a convolutional branch that starts at zero. Training can only improve on that, and codes that fall out
-of use are restarted on cells that are served badly.
+k-means over the principal components of cells: encoder and decoder are each a fixed linear map of a cell, set from data by
+`seed_codebook`, plus a convolutional branch that starts at zero and learns the rest. Codes that fall out of use are
+restarted on cells that are served badly.
 """
 
 import math
@@ -51,8 +51,9 @@ class DVAE(nn.Module):
             raise SettingError(f"vocab_size {vocab_size} leaves nothing to choose: take 2 codes or more")
         self.vocab_size, self.stride, self.in_channels, self.code_width = vocab_size, stride, in_channels, code_width
         self.width, self.depth = width, depth
-        self.patch_in = nn.Conv2d(in_channels, code_width, stride, stride)
-        self.patch_out = nn.ConvTranspose2d(code_width, in_channels, stride, stride)
+        # Statistics of the data, not trained: E inputs of small weights each would jump far in one step of Adam.
+        self.patch_in = nn.Conv2d(in_channels, code_width, stride, stride).requires_grad_(False)
+        self.patch_out = nn.ConvTranspose2d(code_width, in_channels, stride, stride).requires_grad_(False)
         self.encoder = build_encoder(in_channels, stride, width, code_width, depth)
         self.decoder = build_decoder(in_channels, stride, width, code_width, depth)
         self.codebook = Codebook(vocab_size, code_width)
@@ -131,7 +132,7 @@ class DVAE(nn.Module):
 
     @torch.no_grad()
     def restart_dead_codes(self, image_BCHW: Tensor, seed: int) -> Tensor:
-        """Move codes hardly used since the last call onto cells of these images; return how many. See `Codebook.restart_dead`."""
+        """Move codes hardly used since the last call onto cells of these images; return how many: `Codebook.restart_dead`."""
         return self.codebook.restart_dead(_rows(self.features(image_BCHW)), seed)
 
     def features(self, image_BCHW: Tensor) -> Tensor:

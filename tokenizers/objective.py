@@ -1,7 +1,7 @@
 """Training a dVAE in the common loop: annealing, dead codes, pictures, and what is measured on held-out images."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -10,6 +10,7 @@ import torch
 from mimetic.engine.objective import Objective, StepOutput
 from mimetic.engine.pictures import contact_sheet
 from mimetic.engine.run import Record
+from mimetic.engine.runtime import add_up
 from mimetic.tokenizers.dvae import DVAE
 from mimetic.tokenizers.usage import blank_cells, code_usage, count_codes
 
@@ -37,7 +38,7 @@ class DVAEObjective(Objective):
         self._restart_seed = step if step % self.restart_every == 0 and progress < 0.75 else 0
 
     def forward(self, batch: Mapping[str, Any]) -> StepOutput:
-        """`target` uint8 (B, C, H, W)."""
+        """`image` uint8 (B, C, H, W)."""
         image_BCHW = batch["image"].float() / 255
         if self.training and self._restart_seed:
             self.dvae.restart_dead_codes(image_BCHW, self._restart_seed)
@@ -52,13 +53,11 @@ class DVAEObjective(Objective):
         return contact_sheet([image_BCHW, self.dvae.decode(self.dvae.encode(image_BCHW))])
 
 
-def evaluate_tokenizer(dvae: DVAE, batches: Iterable[Mapping[str, Any]], device: torch.device,
-                       add_up: Callable[[torch.Tensor], torch.Tensor]) -> list[Record]:  # fmt: skip
+def evaluate_tokenizer(dvae: DVAE, batches: Iterable[Mapping[str, Any]], device: torch.device) -> list[Record]:
     """Code usage and reconstruction over held-out images, each counted once.
 
     Args:
         batches: with `image` uint8 (B, C, H, W) and `valid`.
-        add_up: sums a tensor over ranks.
 
     Returns:
         Records `codes_used` (share), `perplexity`, `perplexity_non_blank`, and `reconstruction_psnr` in dB.
@@ -72,7 +71,8 @@ def evaluate_tokenizer(dvae: DVAE, batches: Iterable[Mapping[str, Any]], device:
         ids_BPQ = dvae.encode(image_BCHW)
         counts += count_codes(ids_BPQ, dvae.vocab_size)
         textured += count_codes(ids_BPQ[~blank_cells(image_BCHW, dvae.stride)], dvae.vocab_size)
-        error += torch.stack([(dvae.decode(ids_BPQ) - image_BCHW).double().square().sum(), torch.tensor(float(image_BCHW.numel()))])
+        error[0] += (dvae.decode(ids_BPQ) - image_BCHW).double().square().sum()
+        error[1] += image_BCHW.numel()
         images += valid_B.sum()
     counts, textured, error, images = (add_up(value) for value in (counts, textured, error, images))
     used, perplexity = code_usage(counts)

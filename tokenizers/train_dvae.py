@@ -53,8 +53,9 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     )  # fmt: skip
 
     def evaluate(_: object) -> list:
-        held_out = ShardStream(open_index(recipe.evaluate_on), 256, shuffle=False, transform=ClassifyViews(views.image_size, None), **ranks)
-        return evaluate_tokenizer(dvae, held_out, accelerator.device, lambda value: accelerator.reduce(value, "sum"))
+        whole = ClassifyViews(views.image_size, None)
+        held_out = ShardStream(open_index(recipe.evaluate_on), 256, shuffle=False, transform=whole, **ranks)
+        return evaluate_tokenizer(dvae, held_out, accelerator.device)
 
     size = sum(p.numel() for p in dvae.parameters()) / 1e6
     title = f"dVAE tokenizer of {settings.vocab_size} codes, stride {settings.stride} ({size:.1f} M parameters), without labels"

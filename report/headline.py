@@ -1,0 +1,154 @@
+"""What the page says first: the fine-tuned backbone against every other arm, better or worse, computed from records."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mimetic.report.intervals import difference
+from mimetic.report.results import TEST, Arm, arms_of
+from mimetic.report.runs import RunFolder
+from mimetic.report.wording import percent, signed, whole
+
+
+@dataclass(frozen=True)
+class Group:
+    """Runs of one arm on the same terms, such as three seeds: the headline speaks of their mean, never of the best."""
+
+    arms: tuple[Arm, ...]
+
+    @property
+    def first(self) -> Arm:
+        """What all have in common is read from it."""
+        return self.arms[0]
+
+    @property
+    def label(self) -> str:
+        """The arm's name, and whether all its runs came to their end."""
+        return self.first.run.arm + ("" if all(arm.run.finished for arm in self.arms) else " (not finished)")
+
+    @property
+    def values(self) -> list[float]:
+        """Accuracies of the runs."""
+        return [arm.record.value for arm in self.arms]
+
+    @property
+    def mean(self) -> float:
+        """Of the runs."""
+        return sum(self.values) / len(self.values)
+
+    @property
+    def score(self) -> str:
+        """ "79.3 % (78.5 to 80.1)"; of several runs their mean and their range."""
+        if len(self.arms) > 1:
+            ends = percent(min(self.values), ""), percent(max(self.values), "")
+            return f"{percent(self.mean)} (mean of {len(self.arms)} runs, {ends[0]} to {ends[1]})"
+        return percent(self.mean) + (f" ({self.first.within})" if self.first.interval else "")
+
+
+def headline(runs: Sequence[RunFolder]) -> list[str]:
+    """The first sentence, then one for each other arm."""
+    groups = _groups(arms_of(runs, TEST))
+    ours = next((group for group in groups if _is_fine_tuned(group)), None)
+    if ours is None:
+        return _highest(groups)
+    scratch = next((group for group in groups if _is_from_scratch(group, ours)), None)
+    others = sorted((group for group in groups if group not in (ours, scratch)), key=lambda group: -group.mean)
+    return [_lead(ours, scratch), *(f"{_capital(group.label)}: {group.score}. {_capital(verdict(ours, group))}." for group in others)]
+
+
+def _groups(arms: Sequence[Arm]) -> list[Group]:
+    found: dict[tuple[object, ...], list[Arm]] = {}
+    for arm in arms:
+        found.setdefault((arm.run.arm, *_terms(arm)), []).append(arm)
+    return [Group(tuple(members)) for members in found.values()]
+
+
+def _terms(arm: Arm) -> tuple[object, ...]:
+    """Arms are compared only where test images and number of labels are the same."""
+    return arm.record.count, arm.labels
+
+
+def _is_fine_tuned(group: Group) -> bool:
+    """By the recipe, which cannot be misnamed; by the arm's name where the recipe does not tell."""
+    run = group.first.run
+    return bool(run.setting("init.path")) or ("init" not in run.config and run.arm == "fine-tuned")
+
+
+def _is_from_scratch(group: Group, ours: Group) -> bool:
+    """Neither pretrained nor distilled: of that name, or with the fine-tuned run's own backbone."""
+    run = group.first.run
+    if run.setting("init.path") or run.setting("distill.teacher") or run.kind != "classify":
+        return False
+    same = "backbone" in run.config and run.config["backbone"] == ours.first.run.config.get("backbone")
+    return run.arm == "from scratch" or ("init" in run.config and same)
+
+
+def _lead(ours: Group, scratch: Group | None) -> str:
+    """ "Fine-tuned from the pretrained backbone: 79.3 % (78.5 to 80.1) of 10,000 test images with 600 labels; ..." """
+    name = "" if ours.label == "fine-tuned" else f" ({ours.label.removeprefix('fine-tuned (').removesuffix(')')})"
+    told = f"Fine-tuned from the pretrained backbone{name}: {ours.score}{_of(ours)}"
+    if scratch is None:
+        return f"{told}. There is no arm from scratch to hold it against."
+    gap, lesson = _gap(ours, scratch), ""
+    if gap and gap[1] < 0:
+        lesson = " Here pretraining did harm."
+    elif gap and gap[0] <= 0:
+        lesson = " Here pretraining made no clear difference."
+    return f"{told}; {scratch.label} {scratch.score}: {_margin(ours, scratch)}.{lesson}"
+
+
+def verdict(ours: Group, theirs: Group) -> str:
+    """Which of the two is better, by how much, or that nothing tells."""
+    gap = _gap(ours, theirs)
+    if gap is None or gap[0] > 0:
+        return f"fine-tuned has {_margin(ours, theirs)}" if gap else _margin(ours, theirs)
+    if gap[1] < 0:
+        return f"fine-tuned is worse: {_margin(ours, theirs)}"
+    return f"no clear difference: fine-tuned has {_margin(ours, theirs)}"
+
+
+def _margin(ours: Group, theirs: Group) -> str:
+    """ "6.3 points more (5.1 to 7.5)", or why there is none."""
+    gap = _gap(ours, theirs)
+    if gap is None:
+        return f"not compared, since {_why_not(ours, theirs)}"
+    low, high = (100 * end for end in gap)
+    points = 100 * (ours.mean - theirs.mean)
+    told = f"{abs(points):.1f} points {'less' if points < 0 else 'more'}"
+    if low <= 0 <= high:
+        return f"{told} ({signed(low)} to {signed(high)}, so that it may as well be none)"
+    return f"{told} ({min(abs(low), abs(high)):.1f} to {max(abs(low), abs(high)):.1f})"
+
+
+def _gap(ours: Group, theirs: Group) -> tuple[float, float] | None:
+    """Where the difference lies: 95 % interval for one run each, the range over pairs of runs for more; None if not comparable."""
+    mine, other = ours.first, theirs.first
+    if _terms(mine) != _terms(other) or not all(arm.interval for arm in (*ours.arms, *theirs.arms)):
+        return None
+    if len(ours.arms) == len(theirs.arms) == 1:
+        return difference(mine.record.value, mine.record.count, other.record.value, other.record.count)
+    return min(ours.values) - max(theirs.values), max(ours.values) - min(theirs.values)
+
+
+def _why_not(ours: Group, theirs: Group) -> str:
+    mine, other = ours.first, theirs.first
+    if mine.record.count != other.record.count:
+        return f"it was measured on {whole(other.record.count)} test images, fine-tuned on {whole(mine.record.count)}"
+    if mine.labels != other.labels:
+        return f"it learnt from {whole(other.labels)} labels, fine-tuned from {whole(mine.labels)}"
+    return "a record does not hold a share of so many images"
+
+
+def _highest(groups: Sequence[Group]) -> list[str]:
+    if not groups:
+        return []
+    best = max(groups, key=lambda group: group.mean)
+    return [f"Highest test accuracy: {best.label}, {best.score}{_of(best)}."]
+
+
+def _of(group: Group) -> str:
+    labels = group.first.labels
+    return f" of {whole(group.first.record.count)} test images" + (f" with {whole(labels)} labels" if labels else "")
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,63 @@
+"""Arms side by side: their accuracies from the records, and the table."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from mimetic.engine.run import Record
+from mimetic.report.intervals import wilson
+from mimetic.report.page import Table
+from mimetic.report.runs import RunFolder
+from mimetic.report.wording import percent, plain, seconds, whole
+
+TEST = "test_accuracy"
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run's newest record of one metric."""
+
+    run: RunFolder
+    record: Record
+
+    @property
+    def label(self) -> str:
+        """Its name, and whether its training came to an end."""
+        return self.run.arm + ("" if self.run.finished else " (not finished)")
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % Wilson interval; None where the record does not say over how many images, or holds no share."""
+        sound = self.record.count > 0 and 0 <= self.record.value <= 1
+        return wilson(self.record.value, self.record.count) if sound else None
+
+    @property
+    def labels(self) -> int | None:
+        """Labelled images it learnt from."""
+        return self.record.details.get("labels")
+
+
+def accuracy_metrics(runs: Sequence[RunFolder]) -> list[str]:
+    """Metrics of arms that are accuracies, the test's first."""
+    arms = [run for run in runs if run.kind in ("classify", "reference")]
+    found = {record.metric for run in arms for record in run.records if record.metric.endswith("accuracy")}
+    return sorted(found, key=lambda metric: (metric != TEST, metric))
+
+
+def arms_of(runs: Sequence[RunFolder], metric: str) -> list[Arm]:
+    """Arms that have the metric, the best first."""
+    found = [Arm(run, record) for run in runs if run.kind in ("classify", "reference") and (record := run.last(metric))]
+    return sorted(found, key=lambda arm: -arm.record.value if math.isfinite(arm.record.value) else math.inf)
+
+
+def arms_table(arms: Sequence[Arm]) -> Table:
+    """One row per arm."""
+    columns = ("Arm", "Run", "Accuracy", "95 % interval", "Of images", "Labels", "Images seen", "Steps", "Seconds", "Parameters", "Seed")
+    rows = []
+    for arm in arms:
+        record = arm.record
+        within = "–" if arm.interval is None else f"{percent(arm.interval[0], '')} to {percent(arm.interval[1], '')}"
+        numbers = [whole(value) for value in (record.count, arm.labels, record.samples, record.step)]
+        rows.append((arm.label, arm.run.name, percent(record.value), within, *numbers, seconds(record.seconds),
+                     whole(record.parameters), arm.run.seed))  # fmt: skip
+    return Table(f"{plain(arms[0].record.metric).capitalize()}, best first", columns, tuple(rows), text_columns=2)

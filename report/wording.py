@@ -1,0 +1,30 @@
+"""Numbers and names as they are printed."""
+
+import math
+
+MINUS = "\u2212"
+
+
+def percent(share: float, unit: str = " %") -> str:
+    """ "79.3 %"."""
+    return f"{100 * share:.1f}{unit}" if math.isfinite(share) else "not a number"
+
+
+def signed(points: float) -> str:
+    """With its sign, a true minus."""
+    return f"{points:+.1f}".replace("-", MINUS)
+
+
+def whole(number: float | None) -> str:
+    """ "10,000"; a dash for what is unknown or has no meaning."""
+    return f"{number:,.0f}" if number else "–"
+
+
+def seconds(number: float) -> str:
+    """Whole seconds, or tenths below ten."""
+    return "–" if not number else f"{number:,.0f}" if number >= 10 else f"{number:.1f}"
+
+
+def plain(metric: str) -> str:
+    """ "test accuracy"."""
+    return metric.replace("_", " ")
