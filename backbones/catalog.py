@@ -43,7 +43,7 @@ class Entry:
     published: Published = field(default_factory=Published)
 
 
-PLAIN = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "init_values", "drop_path_rate")
+PLAIN = ("patch_size", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias", "init_values", "drop_path_rate", "weight_init")
 
 VIT = Family(
     build=ViT,

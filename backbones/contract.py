@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from mimetic.engine.errors import CheckpointError, SettingError
 
 Grid = tuple[int, int]
+ONLY_OURS = ("weight_init",)  # overrides that change no architecture, and mean something else to timm
 MASK_TOKEN = "mask_token"  # last part of its parameter's name, in every backbone
 
 

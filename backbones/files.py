@@ -86,6 +86,18 @@ def load_backbone(path: str | Path) -> Backbone:
     return backbone.eval()
 
 
+def copy_backbone(folder: Path, out: Path) -> None:
+    """Copies the two files of a backbone's folder; `out` appears whole or not at all."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.writing")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    for name in ("config.json", WEIGHTS):
+        shutil.copyfile(folder / name, temporary / name)
+    shutil.rmtree(out, ignore_errors=True)
+    temporary.rename(out)
+
+
 def transfer(source: Backbone, target: Backbone) -> None:
     """Copies what was pretrained into a backbone for fine-tuning: same body, its own classifier and distillation token.
 

@@ -40,6 +40,8 @@ class ViT(Backbone):
         global_pool: what the classifier sees: "token", [CLS] after the norm, or "avg", the norm of the patches' mean.
         drop_path_rate: stochastic depth (arXiv:1603.09382) of the last block, rising linearly from 0.
         head_init_scale: factor on the classifier's initial weights.
+        weight_init: "beit" as BEiT pretrains, tuned at width 768; "mae" as MAE (arXiv:2111.06377) does, Glorot's rule and
+            sine-cosine positions (here they go on learning), which at widths near 100 learns several times as fast.
 
     Raises:
         SettingError: arguments that contradict each other, both named.
@@ -51,7 +53,7 @@ class ViT(Backbone):
         mlp_ratio: float = 4.0, qkv_bias: bool = True, key_bias: bool = True, init_values: float | None = None,
         class_token: bool = True, dist_token: bool = False, use_abs_pos_emb: bool = True, no_embed_class: bool = False,
         use_rel_pos_bias: bool = False, use_shared_rel_pos_bias: bool = False, global_pool: str = "token",
-        drop_path_rate: float = 0.0, head_init_scale: float = 1.0,
+        drop_path_rate: float = 0.0, head_init_scale: float = 1.0, weight_init: str = "beit",
     ) -> None:
         super().__init__()
         self.image_size, self.patch_size = _pair(image_size), _pair(patch_size)
@@ -61,6 +63,8 @@ class ViT(Backbone):
         self._is_beit = not key_bias  # timm writes BEiT in a file of its own, with its own names
         relative = use_rel_pos_bias or use_shared_rel_pos_bias
         _refuse_contradictions(embed_dim, num_heads, global_pool, class_token, dist_token, relative)
+        if weight_init not in ("beit", "mae"):
+            raise SettingError(f'weight_init must be "beit" or "mae", not "{weight_init}"')
 
         self.patch_embed = PatchEmbedding(
             self.mask_grid, self.patch_size, in_channels, embed_dim, class_token, dist_token, use_abs_pos_emb, no_embed_class
@@ -76,6 +80,8 @@ class ViT(Backbone):
         self.head = nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()
         self.head_dist = (nn.Linear(embed_dim, num_classes) if num_classes else nn.Identity()) if dist_token else None
         self._init_weights(head_init_scale)
+        if weight_init == "mae":
+            self._init_as_mae()
 
     @property
     def mask_token(self) -> nn.Parameter:
@@ -179,6 +185,16 @@ class ViT(Backbone):
                 parameter.div_((2 * self.depth_of(name)) ** 0.5)
             elif name == "head.weight":
                 parameter.mul_(head_init_scale)
+
+    @torch.no_grad()
+    def _init_as_mae(self) -> None:
+        """Glorot's uniform rule for the stem and all matrices of the blocks, sine-cosine positions; heads and tokens as before."""
+        for name, parameter in self.named_parameters():
+            if parameter.dim() > 1 and TABLE not in name and name.startswith(("blocks.", "patch_embed.proj.")):
+                nn.init.xavier_uniform_(parameter.view(len(parameter), -1))
+        if self.patch_embed.pos_embed is not None:
+            cells = self.mask_grid[0] * self.mask_grid[1]
+            self.patch_embed.pos_embed[0, -cells:] = sincos_positions(self.mask_grid, self.embed_dim)
 
 
 class PatchEmbedding(nn.Module):
@@ -301,6 +317,23 @@ def relative_position_index(grid: Grid) -> Tensor:
     index_NN[0, 0] = offsets + 2
     index_NN[1:, 1:] = offset_NN2[..., 0] * (2 * q - 1) + offset_NN2[..., 1]
     return index_NN.int()
+
+
+def sincos_positions(grid: Grid, width: int) -> Tensor:
+    """Sines and cosines of row and column, (P*Q, D), as in MAE (arXiv:2111.06377).
+
+    Wavelengths are spread geometrically from 5 cells to 7 times the longer side, so that small grids get codes as distinct as
+    large ones; a fixed base of 10,000 leaves most of them constant on a 7x7 grid.
+
+    Raises:
+        SettingError: D is no multiple of 4.
+    """
+    if width % 4:
+        raise SettingError(f"embed_dim {width} is no multiple of 4, which sine-cosine positions need")
+    wavelengths_d = 5 * (7 * max(grid) / 5) ** (torch.arange(width // 4) / (width // 4))
+    at_N2 = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1]))
+    angle_N2d = at_N2[..., None] * 2 * torch.pi / wavelengths_d
+    return rearrange(torch.stack([angle_N2d.sin(), angle_N2d.cos()], 2), "N a f d -> N (a f d)")
 
 
 def _pair(size: int | Sequence[int]) -> Grid:

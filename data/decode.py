@@ -19,10 +19,8 @@ def decode(content: bytes, channels: int) -> torch.Tensor:
     Raises:
         ValueError: the bytes are no picture, or not of this many channels.
     """
-    if content.startswith(NPY_MAGIC):
-        array = open_array(content)
-    else:
-        array = _eight_bits(open_picture(content), MODES.get(channels, "RGB"))
+    is_array = content.startswith(NPY_MAGIC)
+    array = open_array(content) if is_array else _eight_bits(open_picture(content), MODES.get(channels, "RGB"))
     if array.shape[-1] != channels:
         raise ValueError(f"{array.shape[-1]} channels; the index says {channels}")
     return torch.from_numpy(np.array(array.transpose(2, 0, 1), order="C"))  # a copy: Pillow's memory is read-only

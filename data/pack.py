@@ -9,8 +9,10 @@ import gzip
 import hashlib
 import io
 import json
+import os
 import shutil
 import tarfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,46 +22,49 @@ import numpy as np
 import webdataset
 from PIL import Image
 
-from mimetic.data.decode import NPY_MAGIC, decode, open_picture
-from mimetic.data.index import UNLABELLED, VERSION
+from mimetic.data.decode import NPY_MAGIC, decode, open_array
+from mimetic.data.index import ROW, UNLABELLED, VERSION
 from mimetic.data.randomness import mix
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError, SettingError
 
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy")
+OURS = ("index.json", "samples.npy", "rejected.tsv", "shard-*.tar")
+LOOK = 256  # images that are asked for their number of channels
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image to pack: its key in the shard, its file extension, its label, and how to get its bytes."""
+    """One image to pack: its key in the shard, its file extension, its label, and how to get its bytes (and pixels, if at hand)."""
 
     key: str
     extension: str
     label: int
     read: Callable[[], bytes]
     path: str
+    pixels_HW: np.ndarray | None = None
 
 
 @dataclass
 class Statistics:
-    """Sums over pixels in [0, 1] for the channel means and deviations."""
+    """Exact sums over uint8 pixels for the channel means and deviations."""
 
     channels: int
     pixels: int = 0
-    total: np.ndarray = field(default_factory=lambda: np.zeros(1))
-    squares: np.ndarray = field(default_factory=lambda: np.zeros(1))
+    total: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
+    squares: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
 
     def add(self, image_CHW: np.ndarray) -> None:
         """Counts one uint8 image."""
-        flat = image_CHW.reshape(self.channels, -1).astype(np.float64) / 255
+        flat = image_CHW.reshape(self.channels, -1)
         self.pixels += flat.shape[1]
-        self.total = self.total + flat.sum(1)
-        self.squares = self.squares + (flat**2).sum(1)
+        self.total = self.total + flat.sum(1, dtype=np.int64)
+        self.squares = self.squares + np.square(flat, dtype=np.uint16).sum(1, dtype=np.int64)
 
     def summary(self) -> dict[str, Any]:
-        """`channels`, `mean` and `std` for the index."""
-        mean = self.total / self.pixels
-        std = np.sqrt(np.maximum(self.squares / self.pixels - mean**2, 1e-12))
+        """`channels`, and `mean` and `std` of pixels in [0, 1]."""
+        mean = self.total / self.pixels / 255
+        std = np.sqrt(np.maximum(self.squares / self.pixels / 255**2 - mean**2, 1e-12))
         return {"channels": self.channels, "mean": mean.round(6).tolist(), "std": std.round(6).tolist()}
 
 
@@ -69,33 +74,46 @@ def pack(
 ) -> dict[str, Any]:  # fmt: skip
     """Writes `out/shard-00000.tar`, ..., `samples.npy`, `index.json`, and `rejected.tsv` if an image cannot be read.
 
-    The folder appears whole or not at all: everything is written beside it and renamed at the end.
+    The folder appears whole or not at all: everything is written beside it and renamed at the end. Images have three channels
+    if any of the first few hundred (in the shuffled order) is coloured, one if they are grey, and an array's own number else.
 
     Returns:
         The content of index.json.
 
     Raises:
         DataError: nothing to pack, or more than `max_bad` of the images cannot be read.
-        SettingError: `out` exists and is not an index of ours.
+        SettingError: `out` exists and holds anything but shards of ours.
     """
+    source, out = Path(source), Path(out).resolve()
     if not 0 <= max_bad <= 1 or samples_per_shard < 1:
         raise SettingError(f"--max-bad is {max_bad} (a share, 0 to 1), --samples-per-shard {samples_per_shard} (1 or more)")
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "index.json").exists())):
-        raise SettingError(f"{out} exists and holds no index.json: give a new folder, so that nothing of yours is overwritten")
+    _refuse_to_overwrite(out)
     items, classes = find_items(source)
     order = np.argsort(mix(0, np.arange(len(items))), kind="stable")
     out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.packing")
-    shutil.rmtree(temporary, ignore_errors=True)  # what a killed run left
+    temporary, replaced = (out.with_name(f".{out.name}.{state}") for state in ("packing", "replaced"))
+    for left_by_a_kill in (temporary, replaced):
+        shutil.rmtree(left_by_a_kill, ignore_errors=True)
     temporary.mkdir()
     try:
         content = _write(temporary, [items[i] for i in order], classes, samples_per_shard, max_bad, progress)
         if out.exists():
-            shutil.rmtree(out)
+            out.rename(replaced)
         temporary.rename(out)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in (temporary, replaced):
+            shutil.rmtree(folder, ignore_errors=True)
     return content
+
+
+def _refuse_to_overwrite(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise SettingError(f"{out} is a file; give a new folder")
+    foreign = sorted(path.name for path in out.glob("*") if not any(path.match(name) for name in OURS))
+    if foreign:
+        raise SettingError(f"{out} holds {foreign[0]}, which is no shard: give a new folder, so that nothing of yours is overwritten")
+    if out.exists() and any(out.iterdir()) and not (out / "index.json").exists():
+        raise SettingError(f"{out} exists and holds no index.json: give a new folder, so that nothing of yours is overwritten")
 
 
 def find_items(source: Path) -> tuple[list[Item], list[str]]:
@@ -116,21 +134,36 @@ def find_items(source: Path) -> tuple[list[Item], list[str]]:
 
 
 def _tree_items(source: Path) -> tuple[list[Item], list[str]]:
-    files = sorted(path for path in source.rglob("*") if path.suffix.lower() in EXTENSIONS and path.is_file())
+    files = sorted(_image_files(source))
     tops = {path.relative_to(source).parts[0] for path in files if path.parent != source}
     # Images beside the sub-folders would have no class: then the tree is taken as unlabelled.
     classes = sorted(tops) if all(path.parent != source for path in files) else []
+    numbers = {name: number for number, name in enumerate(classes)}
     items, seen = [], set()
     for path in files:
         relative = path.relative_to(source)
-        key = base = str(relative.with_suffix("")).replace(".", "_")  # webdataset ends a key at the first dot
+        key = base = _text(relative.with_suffix("")).replace(".", "_")  # webdataset ends a key at the first dot
         number = 1
         while key in seen:
             key, number = f"{base}-{number}", number + 1
         seen.add(key)
-        label = classes.index(relative.parts[0]) if classes else UNLABELLED
-        items.append(Item(key, path.suffix.lower()[1:], label, path.read_bytes, str(path)))
-    return items, classes
+        label = numbers[relative.parts[0]] if classes else UNLABELLED
+        items.append(Item(key, path.suffix.lower()[1:], label, path.read_bytes, _text(path)))
+    return items, [_text(name) for name in classes]
+
+
+def _image_files(source: Path) -> Iterator[Path]:
+    # Linked folders count, since classes are often chosen by links; hidden files do not: they are thumbnails and the like.
+    for folder, below, names in os.walk(source, followlinks=True):
+        below[:] = [name for name in below if not name.startswith(".")]
+        for path in (Path(folder, name) for name in names if not name.startswith(".")):
+            if path.suffix.lower() in EXTENSIONS and path.is_file():
+                yield path
+
+
+def _text(path: str | Path) -> str:
+    """The path in proper UTF-8, whatever bytes the file system holds."""
+    return os.fsencode(path).decode("utf-8", "replace")
 
 
 def _idx_items(source: Path) -> tuple[list[Item], list[str]]:
@@ -145,7 +178,7 @@ def _idx_items(source: Path) -> tuple[list[Item], list[str]]:
 
     def item(i: int) -> Item:
         label = int(labels[i]) if labels is not None else UNLABELLED
-        return Item(f"{i:08d}", "png", label, lambda: _png(images[i]), f"{source}#{i}")
+        return Item(f"{i:08d}", "png", label, lambda: _png(images[i]), f"{source}#{i}", images[i])
 
     return [item(i) for i in range(len(images))], classes
 
@@ -178,42 +211,49 @@ def _png(image_HW: np.ndarray) -> bytes:
 def _write(folder: Path, items: list[Item], classes: list[str], samples_per_shard: int, max_bad: float,
            progress: Callable[[Iterable[Item], int], Iterable[Item]]) -> dict[str, Any]:  # fmt: skip
     rejected: list[tuple[str, str]] = []
-    statistics: list[Statistics] = []
+    rows: list[tuple[int, int, int, int, bytes]] = []
+    statistics = Statistics(_channels(items[:LOOK]))
     with webdataset.ShardWriter(
-        str(folder / "shard-%05d.tar"), maxcount=samples_per_shard, maxsize=1 << 62, verbose=0, mtime=0, user="", group=""
-    ) as writer:
-        for item, content in _readable(progress(items, len(items)), rejected, int(max_bad * len(items)), statistics):
+        str(folder).replace("%", "%%") + "/shard-%05d.tar", maxcount=samples_per_shard, maxsize=1 << 62, verbose=0,
+        mtime=0, user="", group="", encoder=False,
+    ) as writer:  # fmt: skip
+        for item, content in _readable(progress(items, len(items)), rejected, int(max_bad * len(items) + 1e-9), statistics):
             labels = {"cls": str(item.label).encode()} if item.label != UNLABELLED else {}
             writer.write({"__key__": item.key, item.extension: content} | labels)
-    tars = sorted(folder.glob("shard-*.tar"))
-    rows, shards = [], []
-    for number, tar in enumerate(tars):
-        found = list(scan(tar, number))
-        rows += found
-        shards.append({"name": tar.name, "samples": len(found), "bytes": tar.stat().st_size, "sha256": _sha256(tar)})
+            end = writer.tarstream.tarstream.offset
+            rows.append((writer.shard - 1, _offset(item, len(content), end), len(content), item.label, item.key.encode()))
     if not rows:
         raise DataError(f"none of {len(items)} images can be read, the first: {rejected[0][0]} ({rejected[0][1]})")
     longest = max(len(row[4]) for row in rows)
-    table = np.array(rows, dtype=[("shard", "<i4"), ("offset", "<i8"), ("size", "<i8"), ("label", "<i4"), ("key", f"S{longest}")])
+    kinds = ("<i4", "<i8", "<i8", "<i4", f"S{longest}")
+    table = np.array(rows, dtype=list(zip(ROW, kinds, strict=True)))
     np.save(folder / "samples.npy", table)
+    shards = [
+        {"name": tar.name, "samples": int(samples), "bytes": tar.stat().st_size, "sha256": _sha256(tar)}
+        for tar, samples in zip(sorted(folder.glob("shard-*.tar")), np.bincount(table["shard"]), strict=True)
+    ]
     if rejected:
         write_atomically(folder / "rejected.tsv", "".join(f"{path}\t{reason}\n" for path, reason in rejected))
     content = {"version": VERSION, "samples": len(rows), "rejected": len(rejected), "classes": classes,
-               "image": statistics[0].summary(), "shards": shards}  # fmt: skip
+               "image": statistics.summary(), "shards": shards}  # fmt: skip
     write_atomically(folder / "index.json", json.dumps(content, indent=1) + "\n")
     return content
 
 
+def _offset(item: Item, size: int, end: int) -> int:
+    """Where an image of `size` bytes begins, when its sample ends at `end`: webdataset sorts a sample's members by extension."""
+    image = -(-size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    label_after = item.label != UNLABELLED and item.extension < "cls"  # bmp
+    return end - image - (len(tarfile.TarInfo(f"{item.key}.cls").tobuf()) + tarfile.BLOCKSIZE if label_after else 0)
+
+
 def _readable(items: Iterable[Item], rejected: list[tuple[str, str]], allowed: int,
-              statistics: list[Statistics]) -> Iterator[tuple[Item, bytes]]:  # fmt: skip
-    """Yields what decodes, lists what does not; the first good image sets the number of channels."""
+              statistics: Statistics) -> Iterator[tuple[Item, bytes]]:  # fmt: skip
+    """Yields what decodes, lists what does not."""
     for item in items:
         try:
             content = item.read()
-            if not statistics:
-                statistics.append(Statistics(_channels(content)))
-            statistics[0].add(decode(content, statistics[0].channels).numpy())
-            yield item, content
+            statistics.add(decode(content, statistics.channels).numpy() if item.pixels_HW is None else item.pixels_HW[None])
         except (OSError, ValueError) as error:
             rejected.append((item.path, " ".join(str(error).split())))
             if len(rejected) > allowed:
@@ -221,13 +261,24 @@ def _readable(items: Iterable[Item], rejected: list[tuple[str, str]], allowed: i
                     f"{len(rejected)} unreadable images, {allowed} are tolerated; the last: {item.path} ({rejected[-1][1]}); "
                     "mend them or raise --max-bad"
                 ) from None
+        else:
+            yield item, content
 
 
-def _channels(content: bytes) -> int:
-    if content.startswith(NPY_MAGIC):
-        array = np.load(io.BytesIO(content), allow_pickle=False)
-        return 1 if array.ndim == 2 else array.shape[-1]
-    return 1 if open_picture(content).mode in ("1", "L", "I", "I;16", "F") else 3
+def _channels(items: list[Item]) -> int:
+    """The most that any of these images has: one grey picture makes no colour set grey, whichever comes first."""
+    return max(1 if item.pixels_HW is not None else _channels_of(item) for item in items) or 3
+
+
+def _channels_of(item: Item) -> int:
+    """From the header alone; 0 where it cannot be read."""
+    try:
+        content = item.read()
+        if content.startswith(NPY_MAGIC):
+            return open_array(content).shape[-1]
+        return {"L": 1, "RGB": 3}[Image.getmodebase(Image.open(io.BytesIO(content)).mode)]
+    except Exception:  # it will be rejected, with the reason, when its turn comes
+        return 0
 
 
 def scan(tar: Path, number: int) -> Iterator[tuple[int, int, int, int, bytes]]:
@@ -235,7 +286,7 @@ def scan(tar: Path, number: int) -> Iterator[tuple[int, int, int, int, bytes]]:
     image: tuple[str, int, int] | None = None
     label = UNLABELLED
     with tarfile.open(tar, "r:") as members:
-        for member in members:
+        for member in filter(tarfile.TarInfo.isfile, members):
             key, _, extension = member.name.rpartition("/")[2].partition(".")
             key = member.name[: len(member.name) - len(extension) - 1] if extension else key
             if image and key != image[0]:
@@ -253,3 +304,22 @@ def scan(tar: Path, number: int) -> Iterator[tuple[int, int, int, int, bytes]]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def pack_and_tell(source: Path, out: Path, samples_per_shard: int, max_bad: float) -> None:
+    """`mimetic pack`: says what will happen, how far it is, and where the result is."""
+    print(f"packing {source} into shards of {samples_per_shard:,} images in {out}", flush=True)
+    content = pack(source, out, samples_per_shard=samples_per_shard, max_bad=max_bad, progress=_told)
+    rejected = f", {content['rejected']} unreadable ones listed in {out}/rejected.tsv" if content["rejected"] else ""
+    classes = f"{len(content['classes'])} classes" if content["classes"] else "no labels"
+    print(f"{content['samples']:,} images, {classes}, {len(content['shards'])} shards{rejected}: {out}/index.json")
+
+
+def _told(items: Iterable[Item], total: int) -> Iterator[Item]:
+    started = told = time.perf_counter()
+    for number, item in enumerate(items):
+        yield item
+        now = time.perf_counter()
+        if now - told > 5:
+            rate, told = (number + 1) / (now - started), now
+            print(f"{number + 1:,}/{total:,}  {rate:,.0f} images/s  {(total - number) / rate:.0f} s left", flush=True)

@@ -4,6 +4,7 @@ The sequence of global batches is a function of seed, epoch and two constants (c
 nothing else. Rank r of R takes rows [r*b, (r+1)*b) of each global batch of R*b samples.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from mimetic.data.decode import decode
 from mimetic.data.index import Index
 from mimetic.data.randomness import mix
-from mimetic.engine.errors import CheckpointError, SettingError
+from mimetic.engine.errors import CheckpointError, DataError, SettingError
 
 CANONICAL_STREAMS = 8
 SHUFFLE_BLOCK = 8192
@@ -75,6 +76,7 @@ class ShardStream:
             raise SettingError(f"tail is {tail!r}; it must be pad or drop")
         if batch_size < 1 or workers < 0 or not 0 <= rank < world:
             raise SettingError(f"batch_size {batch_size}, workers {workers}, rank {rank} of {world}: these cannot be")
+        subset = None if subset is None else _checked(subset, len(index))
         self.samples = len(index) if subset is None else len(subset)
         self.global_batch = batch_size * world
         self.steps = -(-self.samples // self.global_batch) if tail == "pad" else self.samples // self.global_batch
@@ -87,7 +89,8 @@ class ShardStream:
         rows = slice(rank * batch_size, (rank + 1) * batch_size)
         self._batches = _Batches(index, order, subset, self.steps, self.global_batch, rows, seed, transform)
         self._workers, self._step = workers, epoch * self.steps
-        self._identity = {"seed": seed, "fingerprint": index.fingerprint, "shuffle": shuffle, "tail": tail,
+        chosen = None if subset is None else hashlib.sha256(subset.tobytes()).hexdigest()[:16]
+        self._identity = {"seed": seed, "fingerprint": index.fingerprint, "subset": chosen, "shuffle": shuffle, "tail": tail,
                           "canonical_streams": CANONICAL_STREAMS, "shuffle_block": SHUFFLE_BLOCK}  # fmt: skip
 
     def __len__(self) -> int:
@@ -103,9 +106,11 @@ class ShardStream:
         loader = DataLoader(
             self._batches, batch_size=None, sampler=range(self._step, stop), num_workers=self._workers,
             prefetch_factor=4 if self._workers else None, pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_one_thread,
+            worker_init_fn=_one_thread, generator=torch.Generator(),  # else it draws from the global one, and resuming draws again
         )  # fmt: skip
         for batch in loader:
+            if isinstance(batch, DataError):
+                raise batch
             self._step += 1  # handed out, not prefetched
             yield batch
 
@@ -121,8 +126,8 @@ class ShardStream:
             CheckpointError: other data, another order, or a global batch that does not divide the position.
         """
         for name, value in self._identity.items():
-            if state[name] != value:
-                raise CheckpointError(f"the checkpoint's data has {name} {state[name]}, this run {value}; start a new run folder")
+            if state.get(name) != value:
+                raise CheckpointError(f"the checkpoint's data has {name} {state.get(name)}, this run {value}; start a new run folder")
         batch, remainder = divmod(state["samples"], self.global_batch)
         if remainder:
             raise CheckpointError(
@@ -147,8 +152,11 @@ class _Orders:
         return self.order
 
 
-class _Batches(Dataset[Batch]):
-    """Batch number -> batch. Any worker can make any batch, so their number changes nothing."""
+class _Batches(Dataset[Batch | DataError]):
+    """Batch number -> batch. Any worker can make any batch, so their number changes nothing.
+
+    A DataError is handed over as a value: raised in a worker it would arrive as a traceback in many lines.
+    """
 
     def __init__(self, index: Index, order: Callable[[int], NDArray[np.int64]] | None, subset: NDArray[np.int64] | None,
                  steps: int, global_batch: int, rows: slice, seed: int, transform: Transform | None) -> None:  # fmt: skip
@@ -156,7 +164,13 @@ class _Batches(Dataset[Batch]):
         self.fixed = np.arange(len(index)) if subset is None else subset
         self.rows, self.seed, self.transform = rows, seed, transform
 
-    def __getitem__(self, step: int) -> Batch:
+    def __getitem__(self, step: int) -> Batch | DataError:
+        try:
+            return self._batch(step)
+        except DataError as error:
+            return error
+
+    def _batch(self, step: int) -> Batch:
         epoch, number = divmod(step, self.steps)
         order = self.fixed if self.order is None else self.order(epoch)
         place = np.arange(number * self.global_batch, (number + 1) * self.global_batch)[self.rows]
@@ -180,9 +194,32 @@ class _Batches(Dataset[Batch]):
         return images, bad
 
 
+def _checked(subset: NDArray[np.int64], samples: int) -> NDArray[np.int64]:
+    subset = np.asarray(subset, dtype=np.int64)
+    if not len(subset) or subset.min() < 0 or subset.max() >= samples or len(np.unique(subset)) < len(subset):
+        raise SettingError(f"a subset of {len(subset)} samples: it must name some of the {samples}, 0 to {samples - 1}, once each")
+    return subset
+
+
 def _stacked(images: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
     return torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
 def _one_thread(_: int) -> None:
     torch.set_num_threads(1)
+
+
+def pixels(index: Index, subset: NDArray[np.int64] | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """All pixels of the samples as rows in [0, 1], (N, C*H*W), and their labels (N,): for models without views.
+
+    Raises:
+        SettingError: the images differ in size.
+    """
+    rows, labels = [], []
+    for batch in ShardStream(index, 256, shuffle=False, subset=subset):
+        image, valid_B = batch["image"], batch["valid"]
+        if not isinstance(image, torch.Tensor) or (rows and image[0].numel() != len(rows[0][0])):
+            raise SettingError(f"{index.folder}: images differ in size; resize them to compare pixels")
+        rows.append(image[valid_B].flatten(1).numpy().astype(np.float32) / 255)
+        labels.append(batch["label"][valid_B].numpy())
+    return np.concatenate(rows), np.concatenate(labels)

@@ -69,7 +69,7 @@ class Augmentation:
             images = self._shifted(images, seeds_B)
         boxes = random_boxes(seeds_B, np.array([image.shape[-2:] for image in images]), self.scale)
         flips = uniform(seeds_B, FLIP) < self.flip
-        crops = [image[:, t : t + h, l : l + w] for image, (t, l, h, w) in zip(images, boxes.tolist(), strict=True)]
+        crops = [image[:, top : top + h, left : left + w] for image, (top, left, h, w) in zip(images, boxes.tolist(), strict=True)]
         crops = [crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)]
         return self._jittered(crops, seeds_B) if self.jitter else crops
 

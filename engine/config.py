@@ -72,7 +72,8 @@ class TrainSettings:
 
     def __post_init__(self) -> None:
         if sum(value is not None for value in (self.steps, self.epochs, self.samples)) != 1:
-            raise SettingError("give exactly one of train.steps, train.epochs, train.samples (unset the recipe's with, say, --train.samples null)")
+            raise SettingError("give exactly one of train.steps, train.epochs, train.samples "
+                               "(unset the recipe's with, say, --train.samples null)")  # fmt: skip
         if self.precision not in ("fp32", "bf16"):
             raise SettingError(f"train.precision is {self.precision!r}; it must be fp32 or bf16")
         for name in ("steps", "epochs", "samples", "accumulate", "log_every", "checkpoint_every", "keep"):

@@ -1,18 +1,19 @@
 """The run folder: config.yaml, metrics.jsonl, records.jsonl, tensorboard/, samples/*.png, checkpoints/."""
 
 import dataclasses
+import fcntl
 import json
 import os
 import subprocess
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import yaml
 
 from mimetic.engine.config import Invocation, flatten, recipe_dict, recipe_hash, write_atomically
-from mimetic.engine.errors import CheckpointError
+from mimetic.engine.errors import CheckpointError, LaunchError
 
 # Settings that change no number of the training: a checkpoint may be continued under others.
 HARMLESS = ("data.workers", "data.max_bad", "train.log_every", "train.checkpoint_every", "train.keep", "train.picture_every",
@@ -47,18 +48,21 @@ class Record:
 class Run:
     """Writes one run folder; on processes other than the main one every method does nothing.
 
-    Nothing is created before `open`, so that a start that fails before its first step leaves nothing behind.
+    Nothing is created before `open`: a start that fails before its first step leaves nothing behind. One process at a time
+    may hold a folder.
     """
 
     def __init__(self, invocation: Invocation[Any], kind: str, *, main: bool = True) -> None:
         self.folder, self.recipe, self.kind, self.main = invocation.out, invocation.recipe, kind, main
         self._board: Any = None
+        self._lock: IO[str] | None = None
 
     def open(self, step: int) -> None:
         """Creates the folder, or continues it: lines of metrics after `step` belong to work that a kill undid."""
         if not self.main:
             return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.folder)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(recipe_dict(self.recipe), sort_keys=False))
         for name in ("metrics.jsonl", "records.jsonl"):
             kept = [line for line in read_lines(self.folder / name) if line["step"] <= step and step]
@@ -90,9 +94,11 @@ class Run:
             self._board.add_image("samples", image_HWC, step, dataformats="HWC")
 
     def close(self) -> None:
-        """Flushes TensorBoard."""
+        """Flushes TensorBoard and lets go of the folder."""
         if self._board is not None:
             self._board.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def check_same_recipe(self, stored: dict[str, Any], checkpoint: Path) -> None:
         """Refuses a checkpoint of another recipe; settings that change no number may differ.
@@ -116,6 +122,20 @@ class Run:
         """Marks the run as complete; the last thing written."""
         if self.main:
             write_atomically(self.folder / "finished.json", json.dumps({"recipe": _fixed_hash(self.recipe)}) + "\n")
+
+
+def _lock(folder: Path) -> IO[str]:
+    """Holds the folder for this process; the system lets go when the process ends, however it ends."""
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise LaunchError(f"{folder} is in use by process {file.read().strip()}; wait for it or end it, or use another --out") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from mimetic.engine.config import Invocation, parse
 from mimetic.engine.run import Run
-from mimetic.engine.runtime import add_up, run_entry, start
+from mimetic.engine.runtime import run_entry, start
 from mimetic.finetune.recipe import ClassifyRecipe
 
 EXAMPLE = (

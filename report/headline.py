@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from mimetic.report.intervals import difference
 from mimetic.report.results import TEST, Arm, arms_of
@@ -23,7 +24,12 @@ class Group:
     @property
     def label(self) -> str:
         """The arm's name, and whether all its runs came to their end."""
-        return self.first.run.arm + ("" if all(arm.run.finished for arm in self.arms) else " (not finished)")
+        return self.first.run.arm + self.state
+
+    @property
+    def state(self) -> str:
+        """Said of unfinished runs only."""
+        return "" if all(arm.run.finished for arm in self.arms) else " (not finished)"
 
     @property
     def values(self) -> list[float]:
@@ -52,19 +58,20 @@ def headline(runs: Sequence[RunFolder]) -> list[str]:
         return _highest(groups)
     scratch = next((group for group in groups if _is_from_scratch(group, ours)), None)
     others = sorted((group for group in groups if group not in (ours, scratch)), key=lambda group: -group.mean)
-    return [_lead(ours, scratch), *(f"{_capital(group.label)}: {group.score}. {_capital(verdict(ours, group))}." for group in others)]
+    return [_lead(ours, scratch), *(f"{group.label}: {group.score}. {_capital(verdict(ours, group))}." for group in others)]
 
 
 def _groups(arms: Sequence[Arm]) -> list[Group]:
     found: dict[tuple[object, ...], list[Arm]] = {}
     for arm in arms:
-        found.setdefault((arm.run.arm, *_terms(arm)), []).append(arm)
+        found.setdefault((arm.run.arm, arm.record.count, arm.labels, str(_test_set(arm))), []).append(arm)
     return [Group(tuple(members)) for members in found.values()]
 
 
-def _terms(arm: Arm) -> tuple[object, ...]:
-    """Arms are compared only where test images and number of labels are the same."""
-    return arm.record.count, arm.labels
+def _test_set(arm: Arm) -> tuple[Path, object] | None:
+    """Which images were measured; None where the recipe does not tell."""
+    index = arm.run.setting("evaluation.index")
+    return (Path(index).resolve(), arm.run.setting("evaluation.labels")) if index else None
 
 
 def _is_fine_tuned(group: Group) -> bool:
@@ -84,8 +91,8 @@ def _is_from_scratch(group: Group, ours: Group) -> bool:
 
 def _lead(ours: Group, scratch: Group | None) -> str:
     """ "Fine-tuned from the pretrained backbone: 79.3 % (78.5 to 80.1) of 10,000 test images with 600 labels; ..." """
-    name = "" if ours.label == "fine-tuned" else f" ({ours.label.removeprefix('fine-tuned (').removesuffix(')')})"
-    told = f"Fine-tuned from the pretrained backbone{name}: {ours.score}{_of(ours)}"
+    name = "" if ours.first.run.arm == "fine-tuned" else f" ({ours.first.run.arm})"
+    told = f"Fine-tuned from the pretrained backbone{name}{ours.state}: {ours.score}{_of(ours)}"
     if scratch is None:
         return f"{told}. There is no arm from scratch to hold it against."
     gap, lesson = _gap(ours, scratch), ""
@@ -122,7 +129,7 @@ def _margin(ours: Group, theirs: Group) -> str:
 def _gap(ours: Group, theirs: Group) -> tuple[float, float] | None:
     """Where the difference lies: 95 % interval for one run each, the range over pairs of runs for more; None if not comparable."""
     mine, other = ours.first, theirs.first
-    if _terms(mine) != _terms(other) or not all(arm.interval for arm in (*ours.arms, *theirs.arms)):
+    if _why_not(ours, theirs):
         return None
     if len(ours.arms) == len(theirs.arms) == 1:
         return difference(mine.record.value, mine.record.count, other.record.value, other.record.count)
@@ -130,12 +137,16 @@ def _gap(ours: Group, theirs: Group) -> tuple[float, float] | None:
 
 
 def _why_not(ours: Group, theirs: Group) -> str:
+    """Empty where test images and number of labels are the same, so that a difference means something."""
     mine, other = ours.first, theirs.first
+    sets = {str(test_set) for arm in (mine, other) if (test_set := _test_set(arm))}
     if mine.record.count != other.record.count:
         return f"it was measured on {whole(other.record.count)} test images, fine-tuned on {whole(mine.record.count)}"
     if mine.labels != other.labels:
         return f"it learnt from {whole(other.labels)} labels, fine-tuned from {whole(mine.labels)}"
-    return "a record does not hold a share of so many images"
+    if len(sets) > 1:
+        return "it was measured on other images"
+    return "" if all(arm.interval for arm in (*ours.arms, *theirs.arms)) else "a record holds no share of a number of images"
 
 
 def _highest(groups: Sequence[Group]) -> list[str]:

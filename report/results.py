@@ -11,6 +11,7 @@ from mimetic.report.runs import RunFolder
 from mimetic.report.wording import percent, plain, seconds, whole
 
 TEST = "test_accuracy"
+COLUMNS = ("Arm", "Run", "Accuracy, %", "95 % interval", "Measured on", "Labels", "Images seen", "Steps", "Seconds", "Parameters", "Seed")
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Arm:
         return wilson(self.record.value, self.record.count) if sound else None
 
     @property
+    def within(self) -> str:
+        """ "78.5 to 80.1", in percent."""
+        return "–" if self.interval is None else f"{percent(self.interval[0], '')} to {percent(self.interval[1], '')}"
+
+    @property
     def labels(self) -> int | None:
         """Labelled images it learnt from."""
         return self.record.details.get("labels")
@@ -45,19 +51,21 @@ def accuracy_metrics(runs: Sequence[RunFolder]) -> list[str]:
 
 
 def arms_of(runs: Sequence[RunFolder], metric: str) -> list[Arm]:
-    """Arms that have the metric, the best first."""
-    found = [Arm(run, record) for run in runs if run.kind in ("classify", "reference") and (record := run.last(metric))]
-    return sorted(found, key=lambda arm: -arm.record.value if math.isfinite(arm.record.value) else math.inf)
+    """Arms that have the metric, in the order of the runs."""
+    return [Arm(run, record) for run in runs if run.kind in ("classify", "reference") and (record := run.last(metric))]
+
+
+def best_first(arms: Sequence[Arm]) -> list[Arm]:
+    """What is no number comes last."""
+    return sorted(arms, key=lambda arm: -arm.record.value if math.isfinite(arm.record.value) else math.inf)
 
 
 def arms_table(arms: Sequence[Arm]) -> Table:
-    """One row per arm."""
-    columns = ("Arm", "Run", "Accuracy", "95 % interval", "Of images", "Labels", "Images seen", "Steps", "Seconds", "Parameters", "Seed")
+    """One row per arm of one metric, the best first."""
     rows = []
-    for arm in arms:
+    for arm in best_first(arms):
         record = arm.record
-        within = "–" if arm.interval is None else f"{percent(arm.interval[0], '')} to {percent(arm.interval[1], '')}"
         numbers = [whole(value) for value in (record.count, arm.labels, record.samples, record.step)]
-        rows.append((arm.label, arm.run.name, percent(record.value), within, *numbers, seconds(record.seconds),
+        rows.append((arm.label, arm.run.name, percent(record.value, ""), arm.within, *numbers, seconds(record.seconds),
                      whole(record.parameters), arm.run.seed))  # fmt: skip
-    return Table(f"{plain(arms[0].record.metric).capitalize()}, best first", columns, tuple(rows), text_columns=2)
+    return Table(f"{plain(arms[0].record.metric).capitalize()}, best first", COLUMNS, tuple(rows), text_columns=2)

@@ -1,6 +1,7 @@
 """Numbers and names as they are printed."""
 
 import math
+import re
 
 MINUS = "\u2212"
 
@@ -28,3 +29,8 @@ def seconds(number: float) -> str:
 def plain(metric: str) -> str:
     """ "test accuracy"."""
     return metric.replace("_", " ")
+
+
+def slug(name: str) -> str:
+    """A file name: letters, digits and single hyphens."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "run"

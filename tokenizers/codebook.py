@@ -61,7 +61,7 @@ class Codebook(nn.Module):
     def seed(self, z_ND: Tensor, seed: int = 0) -> None:
         """Set the codes to the k-means centres of these features, and the precision to fit their spread."""
         codes_VD = kmeans(z_ND, len(self.counts_V), seed=seed)
-        spread = nearest(z_ND, codes_VD)[1].mean().clamp(min=1e-6)
+        spread = nearest(z_ND, codes_VD)[1].mean().clamp(min=1e-3 * z_ND.square().sum(1).mean() + 1e-6)
         self.anchor_VD.copy_(codes_VD - self.delta_VD)
         self.log_precision.copy_((SHARPNESS / spread).log())
         self.counts_V.zero_()

@@ -1,0 +1,86 @@
+"""The `mimetic` command: doors to the modules that do the work, no logic."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from mimetic.engine.config import did_you_mean
+from mimetic.engine.errors import SettingError
+from mimetic.engine.runtime import run_entry
+
+COMMANDS = ("demo", "pack", "export", "compare")
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers mistakes in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises what `run_entry` prints."""
+        raise SettingError(f"{message}; see {self.prog} --help")
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands; each `--help` ends with an example."""
+    top = Parser(prog="mimetic", description="Masked image modeling on your own images, from shards to an exported backbone.",
+                 epilog="example: mimetic pack photos/ shards/photos")  # fmt: skip
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    demo = commands.add_parser("demo", help="the whole pipeline on Fashion-MNIST, ending in one page",
+                               epilog="example: mimetic demo --out runs/demo")  # fmt: skip
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="where everything goes (default: %(default)s)")
+    demo.add_argument("--budget", choices=("full", "small"), default="full", help="small is a quick look, its numbers mean little")
+
+    pack = commands.add_parser("pack", help="images into WebDataset shards with an index",
+                               epilog="example: mimetic pack photos/ shards/photos")  # fmt: skip
+    pack.add_argument("source", type=Path, metavar="SRC", help="a folder of images (sub-folders are classes), or an idx file")
+    pack.add_argument("out", type=Path, metavar="OUT", help="the folder of the shards")
+    pack.add_argument("--samples-per-shard", type=int, default=8192, metavar="N", help="(default: %(default)s)")
+    pack.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE",
+                      help="share of unreadable images that is tolerated (default: %(default)s; 0 is strict)")  # fmt: skip
+
+    export = commands.add_parser("export", help="the backbone of a finished run, checked as it is written",
+                                 epilog="example: mimetic export runs/beit exported/beit --to timm")  # fmt: skip
+    export.add_argument("run", type=Path, metavar="RUN", help="a finished run")
+    export.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    export.add_argument("--to", choices=("safetensors", "timm"), default="safetensors",
+                        help="both write timm's schema; timm also opens it there and compares (default: %(default)s)")  # fmt: skip
+
+    compare = commands.add_parser("compare", help="one page from runs that exist",
+                                  epilog="example: mimetic compare runs/scratch runs/fine-tuned --out report")  # fmt: skip
+    compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
+    compare.add_argument("--out", type=Path, required=True, metavar="DIR", help="where report.html, report.md and pictures go")
+    return top
+
+
+def dispatch() -> None:
+    """Parses the command line and opens the door."""
+    first = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if not first.startswith("-") and first not in COMMANDS:
+        raise SettingError(f"unknown command {first}{did_you_mean(first, COMMANDS)}; mimetic --help lists them")
+    arguments = parser().parse_args(sys.argv[1:] or ["--help"])
+    if arguments.command == "demo":
+        from mimetic.demo import demo
+
+        demo(arguments.out, arguments.budget)
+    elif arguments.command == "pack":
+        from mimetic.data.pack import pack_and_tell
+
+        pack_and_tell(arguments.source, arguments.out, arguments.samples_per_shard, arguments.max_bad)
+    elif arguments.command == "export":
+        from mimetic.export.backbone import export_backbone
+
+        export_backbone(arguments.run, arguments.out, arguments.to)
+    else:
+        from mimetic.report.compare import compare
+
+        print(f"report in {compare(arguments.runs, arguments.out)}")
+
+
+def main() -> None:
+    """Entry point of `mimetic`."""
+    run_entry(dispatch)
+
+
+if __name__ == "__main__":
+    main()

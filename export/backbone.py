@@ -1,0 +1,88 @@
+"""Takes a backbone away: written in timm's own schema, and compared with what was trained before the folder is named."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mimetic.backbones.contract import Backbone
+from mimetic.backbones.files import backbone_folder, copy_backbone, load_backbone
+from mimetic.engine.errors import CheckpointError, SettingError
+
+TOLERANCE = 1e-4
+
+OURS = """\
+import mimetic, torch
+backbone = mimetic.load_backbone({out!r})
+features = backbone.forward_features(torch.rand(1, {channels}, {height}, {width})).map_BDhw
+"""
+TIMMS = """\
+import timm, torch
+model = timm.create_model({out!r}, pretrained=True)
+features = model.forward_features(torch.rand(1, {channels}, {height}, {width}))
+"""
+
+
+def export_backbone(run: Path, out: Path, to: str) -> None:
+    """Copies the backbone of `run` to `out`, opens it there as a stranger would, compares, and prints how to open it.
+
+    The printed lines have just been run, in a process of their own, on the very folder.
+
+    Args:
+        to: "safetensors" opens it with this program; "timm" also with timm, strictly.
+
+    Raises:
+        CheckpointError: nothing to export, or what was read back differs from what was trained.
+        SettingError: `out` exists and is no exported backbone; timm is asked for but not installed.
+    """
+    folder = backbone_folder(run)
+    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
+        raise SettingError(f"{out} exists and is no exported backbone; give a new folder")
+    trained = load_backbone(folder)
+    print(f"exporting {trained.config['name']} of {run} to {out} in timm's schema", flush=True)
+    copy_backbone(folder, out)
+    height, width = trained.image_size
+    fields = {"channels": trained.in_channels, "height": height, "width": width}
+    image_BCHW = torch.randn(2, trained.in_channels, height, width, generator=torch.Generator().manual_seed(0))
+    tokens = _tokens(trained, image_BCHW)
+    _compare(tokens, _tokens(load_backbone(out), image_BCHW), f"{out} read back")
+    snippet = OURS.format(out=str(out), **fields)
+    if to == "timm":
+        snippet = TIMMS.format(out=f"local-dir:{out}", **fields)
+        _compare(tokens, _timm_tokens(out, trained, image_BCHW), f"{out} opened by timm")
+    _run_snippet(snippet)
+    print(f"exported and checked: {out} gives the same features\nopen it with:\n\n{snippet}")
+
+
+def _tokens(backbone: Backbone, image_BCHW: Tensor) -> Tensor:
+    """Patch tokens (B, N, D) after the final norm."""
+    with torch.no_grad():
+        return backbone.eval().forward_features(image_BCHW).map_BDhw.flatten(2).transpose(1, 2)
+
+
+def _timm_tokens(out: Path, trained: Backbone, image_BCHW: Tensor) -> Tensor:
+    try:
+        import timm
+    except ImportError:
+        raise SettingError("--to timm opens the folder with timm to check it; pip install timm, or use --to safetensors") from None
+    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    prefix = int(getattr(model, "num_prefix_tokens", 1))
+    with torch.no_grad():
+        tokens = model.forward_features(image_BCHW)[:, prefix:]
+        # With mean pooling timm norms after the mean; our map is always normed.
+        return model.fc_norm(tokens) if getattr(trained, "global_pool", "") == "avg" else tokens
+
+
+def _compare(trained: Tensor, exported: Tensor, what: str) -> None:
+    difference = (trained - exported).abs().max().item()
+    if not difference <= TOLERANCE:
+        raise CheckpointError(f"{what}: features differ from the trained ones by {difference:.2e}, {TOLERANCE} is tolerated")
+
+
+def _run_snippet(snippet: str) -> None:
+    done = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CheckpointError(f"the exported folder does not open: {done.stderr.strip().splitlines()[-1]}")
+

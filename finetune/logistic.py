@@ -1,0 +1,69 @@
+"""A plain reference: logistic regression on pixels, on the same labelled images and the same test set."""
+
+import time
+from dataclasses import dataclass
+
+from mimetic.engine.config import DataSettings, Invocation, parse
+from mimetic.engine.run import Record, Run
+from mimetic.engine.runtime import run_entry
+from mimetic.finetune.recipe import EvaluationSettings, LabelSettings
+
+EXAMPLE = "python finetune/logistic.py --config launch/recipes/demo_logistic.yaml --out runs/logistic"
+
+
+@dataclass(frozen=True)
+class LogisticRecipe:
+    """Fits scikit-learn's logistic regression to pixels in [0, 1].
+
+    Args:
+        max_iter: Iterations of its solver at most.
+        arm: What this run is called in comparisons.
+        seed: Kept in the record; nothing here is random but the draw of labels.
+    """
+
+    data: DataSettings
+    evaluation: EvaluationSettings
+    labels: LabelSettings = LabelSettings()
+    max_iter: int = 2000
+    arm: str = "logistic regression"
+    seed: int = 0
+
+
+def main() -> None:
+    """Entry point."""
+    invocation = parse(LogisticRecipe, example=EXAMPLE)
+    if Run(invocation, "reference").finished:
+        print(f"{invocation.out} is finished: reused")
+        return
+    fit(invocation)
+
+
+def fit(invocation: Invocation[LogisticRecipe]) -> None:
+    """Fits, measures and records."""
+    from sklearn.linear_model import LogisticRegression
+
+    from mimetic.data.index import draw_per_class, open_index
+    from mimetic.data.stream import pixels
+
+    recipe, started = invocation.recipe, time.perf_counter()
+    drawn = []
+    for index, labels in ((open_index(recipe.data.index), recipe.labels), (open_index(recipe.evaluation.index), recipe.evaluation.labels)):
+        subset = None if labels.per_class is None else draw_per_class(index, labels.per_class, labels.seed, skip=labels.skip)
+        drawn.append(pixels(index, subset))
+    (train_ND, train_N), (test_ND, test_N) = drawn
+    print(f"{recipe.arm} on {len(train_N):,} labelled images", flush=True)
+    model = LogisticRegression(max_iter=recipe.max_iter).fit(train_ND, train_N)
+    value = float((model.predict(test_ND) == test_N).mean())
+    run = Run(invocation, "reference")
+    run.open(0)
+    details = {"arm": recipe.arm, "labels": len(train_N), "backbone": "pixels"}
+    parameters = model.coef_.size + model.intercept_.size
+    run.record(Record(recipe.evaluation.metric, value, len(test_N), samples=len(train_N), seconds=round(time.perf_counter() - started, 1),
+                      parameters=parameters, details=details))  # fmt: skip
+    run.close()
+    run.finish()
+    print(f"{recipe.evaluation.metric} {value:.4f} over {len(test_N)}\nrecord in {invocation.out}/records.jsonl")
+
+
+if __name__ == "__main__":
+    run_entry(main)
