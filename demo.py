@@ -79,7 +79,8 @@ def plan(out: Path, runs: Path, small: bool) -> Iterator[Stage]:
 
     on_test = ("--evaluation.index", test)
     yield script("tokenizers/train_dvae.py", "demo_tokenizer", "tokenizer", "--evaluate_on", test)
-    yield script("pretrain/beit.py", "demo_pretrained", "pretrain", "--tokenizer.path", str(runs / "tokenizer"))
+    yield script("pretrain/beit.py", "demo_pretrained", "pretrain", "--tokenizer.path", str(runs / "tokenizer"),
+                 "--evaluate_on", test)  # fmt: skip
     yield script("finetune/logistic.py", "demo_logistic", "", *on_test)
     yield script("finetune/classify.py", "demo_teacher", "classify", *on_test)
     yield script("finetune/classify.py", "demo_from_scratch", "classify", *on_test)

@@ -4,6 +4,7 @@ Legend: B batch, P Q token grid, K hidden cells per image. True = hidden.
 """
 
 import math
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,6 +14,36 @@ from mimetic.data.randomness import uniform
 from mimetic.engine.errors import SettingError
 
 ATTEMPTS = 10  # tries to place one block, as in BEiT's masking_generator.py
+
+
+class MaskGenerator(Protocol):
+    """`sample(seeds_B) -> hidden_BPQ`: exactly `count` hidden cells each, a pure function of each sample's seed."""
+
+    count: int
+
+    def sample(self, seeds_B: NDArray[np.uint64]) -> torch.Tensor:
+        """`hidden_BPQ`, bool."""
+        ...
+
+
+class RandomMasks:
+    """Hides `count` cells drawn evenly, as SimMIM (2111.09886) and MAE (2111.06377) do.
+
+    Args:
+        grid: (P, Q) cells.
+        count: K, hidden cells per image.
+
+    Raises:
+        SettingError: K does not fit the grid.
+    """
+
+    def __init__(self, grid: tuple[int, int], count: int) -> None:
+        _check_count(grid, count)
+        self.grid, self.count = grid, count
+
+    def sample(self, seeds_B: NDArray[np.uint64]) -> torch.Tensor:
+        """`hidden_BPQ`, bool."""
+        return torch.from_numpy(_filled(np.zeros((len(seeds_B), *self.grid), dtype=bool), self.count, seeds_B))
 
 
 class BlockMasks:
@@ -33,9 +64,7 @@ class BlockMasks:
     """
 
     def __init__(self, grid: tuple[int, int], count: int, min_block: int = 16, aspect: float = 0.3) -> None:
-        cells = grid[0] * grid[1]
-        if not 0 < count <= cells:
-            raise SettingError(f"mask.count is {count}, but the {grid[0]}x{grid[1]} grid has {cells} cells; hide 1 to {cells}")
+        _check_count(grid, count)
         if not 0 < min_block <= count:
             raise SettingError(f"mask.min_block is {min_block}, but mask.count is {count}; a block has 1 to {count} cells")
         if not 0 < aspect <= 1:
@@ -44,14 +73,7 @@ class BlockMasks:
 
     def sample(self, seeds_B: NDArray[np.uint64]) -> torch.Tensor:
         """`hidden_BPQ`, bool: each image's mask is a pure function of its own seed."""
-        hidden_BPQ = self.blocks(seeds_B)
-        missing_B = self.count - hidden_BPQ.sum((1, 2))
-        cells = np.arange(hidden_BPQ[0].size)
-        priority_BN = uniform(seeds_B[:, None], 2, cells[None])
-        priority_BN[hidden_BPQ.reshape(len(seeds_B), -1)] = 2.0  # hidden already: last in line
-        rank_BN = priority_BN.argsort(1).argsort(1)
-        hidden_BPQ |= (rank_BN < missing_B[:, None]).reshape(hidden_BPQ.shape)
-        return torch.from_numpy(hidden_BPQ)
+        return torch.from_numpy(_filled(self.blocks(seeds_B), self.count, seeds_B))
 
     def blocks(self, seeds_B: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """The published algorithm alone: at most K hidden cells each."""
@@ -81,3 +103,18 @@ class BlockMasks:
         top_B = np.floor(top_u * (self.grid[0] - height_B + 1))
         left_B = np.floor(left_u * (self.grid[1] - width_B + 1))
         return tuple(value[:, None, None] for value in (top_B, left_B, height_B, width_B))
+
+
+def _check_count(grid: tuple[int, int], count: int) -> None:
+    cells = grid[0] * grid[1]
+    if not 0 < count <= cells:
+        raise SettingError(f"mask.count is {count}, but the {grid[0]}x{grid[1]} grid has {cells} cells; hide 1 to {cells}")
+
+
+def _filled(hidden_BPQ: NDArray[np.bool_], count: int, seeds_B: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Hides more cells, drawn evenly among the visible ones, until each image has `count`."""
+    missing_B = count - hidden_BPQ.sum((1, 2))
+    priority_BN = uniform(seeds_B[:, None], 2, np.arange(hidden_BPQ[0].size)[None])
+    priority_BN[hidden_BPQ.reshape(len(seeds_B), -1)] = 2.0  # hidden already: last in line
+    rank_BN = priority_BN.argsort(1).argsort(1)
+    return hidden_BPQ | (rank_BN < missing_B[:, None]).reshape(hidden_BPQ.shape)

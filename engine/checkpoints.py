@@ -79,7 +79,7 @@ def verify(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_text())
         files, state = manifest["files"], manifest["state"]
     except (OSError, ValueError, KeyError):
-        raise CheckpointError(f"{path}: no checkpoint ({MANIFEST} is missing or damaged); give a folder like checkpoints/step-00000123") from None
+        raise CheckpointError(f"{path}: {MANIFEST} is missing or damaged; give a folder like checkpoints/step-00000123") from None
     for name, digest in files.items():
         if not (path / name).exists() or _sha256(path / name) != digest:
             raise CheckpointError(f"{path / name} is missing or differs from what was written; use another checkpoint")

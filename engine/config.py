@@ -156,7 +156,7 @@ def parse(recipe_class: type[R], *, example: str, argv: Sequence[str] | None = N
 
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = ArgumentParser(
-        description=(recipe_class.__doc__ or "").split("\n\n")[0], epilog=f"example: {example}", exit_on_error=False
+        description=(recipe_class.__doc__ or "").split("\n\n")[0], epilog=f"example: {example}", exit_on_error=False, allow_abbrev=False
     )
     parser.add_argument("--config", action="config", help="A recipe in yaml; settings on the command line override it.")
     parser.add_argument("--out", type=str, required=True, help="The run folder; the same command again goes on with it.")
@@ -245,7 +245,10 @@ def _refuse_unknown_keys(file: Path, known: list[str]) -> None:
         raise SettingError(f"--config {file} is not yaml: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise SettingError(f"--config {file} holds no settings; write them as `section:` and `  name: value`")
-    for name in flatten(tree):
+    for name, value in flatten(tree).items():
+        emptied = (value == {} or (value is None and "." not in name)) and any(other.startswith(f"{name}.") for other in known)
+        if emptied:  # a section whose every line is commented out
+            continue
         if name not in known and f"{name}.*" not in known and f"{name.rpartition('.')[0]}.*" not in known:
             raise SettingError(f"{file}: unknown setting {name}{did_you_mean(name, known)}")
 

@@ -236,9 +236,9 @@ class _Loop:
         for r in records:
             record = Record(r.metric, r.value, r.count, self.step, samples, round(seconds, 1), parameters, r.details)
             self.run.record(record)
-            self.run.metrics(self.step, {r.metric: r.value})
+            self.run.metrics(self.step, {r.metric: r.value, "samples": samples, "seconds": seconds})
             if self.accelerator.is_main_process:
-                print(f"{r.metric} {r.value:.4f}" + (f" over {r.count}" if r.count else ""), flush=True)
+                print(f"{r.metric} {r.value:.4f}" + (f" over {r.count:,} images" if r.count else ""), flush=True)
 
     def checkpoint(self, seconds: float) -> None:
         """Everything that the same command needs to go on."""

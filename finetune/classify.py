@@ -6,7 +6,7 @@ from mimetic.engine.runtime import run_entry, start
 from mimetic.finetune.recipe import ClassifyRecipe
 
 EXAMPLE = (
-    "accelerate launch finetune/classify.py --config launch/recipes/classify_fashion_mnist.yaml --init.path runs/beit "
+    "accelerate launch finetune/classify.py --config launch/recipes/demo_fine_tuned.yaml --init.path runs/beit "
     "--arm fine-tuned --out runs/fine-tuned"
 )
 

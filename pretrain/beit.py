@@ -5,7 +5,7 @@ from mimetic.engine.run import Run
 from mimetic.engine.runtime import run_entry, start
 from mimetic.pretrain.recipe import BeitRecipe
 
-EXAMPLE = "accelerate launch pretrain/beit.py --config launch/recipes/beit_fashion_mnist.yaml --out runs/beit"
+EXAMPLE = "accelerate launch pretrain/beit.py --config launch/recipes/demo_pretrained.yaml --out runs/beit"
 
 
 def main() -> None:
@@ -27,10 +27,11 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     from mimetic.backbones.catalog import create_backbone
     from mimetic.backbones.files import save_backbone
     from mimetic.data.index import open_index
-    from mimetic.data.masks import BlockMasks
+    from mimetic.data.masks import BlockMasks, RandomMasks
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, Normalize, PretrainViews
     from mimetic.engine.loop import train
+    from mimetic.pretrain.evaluate import masked_accuracy
     from mimetic.pretrain.mim import MaskedImageModeling, TokenHead
     from mimetic.tokenizers.files import open_tokenizer
 
@@ -43,24 +44,30 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     )
     target_size = views.target_size or backbone.mask_grid[0] * tokenizer.stride
     token_grid = (target_size // tokenizer.stride,) * 2
-    masks = BlockMasks(backbone.mask_grid, mask.count, mask.min_block, mask.aspect)
+    grid = backbone.mask_grid
+    masks = RandomMasks(grid, mask.count) if mask.kind == "random" else BlockMasks(grid, mask.count, mask.min_block, mask.aspect)
     head = TokenHead(backbone.embed_dim, tokenizer.vocab_size, mask.count)
     normalize = Normalize(tuple(views.mean or index.mean), tuple(views.std or index.std))
     objective = MaskedImageModeling(backbone, tokenizer, head, normalize, token_grid, accelerator.device)
     augmentation = Augmentation((views.crop_low, views.crop_high), views.shift, views.flip, views.jitter)
-    stream = ShardStream(
-        index, recipe.data.batch_size, rank=accelerator.process_index, world=accelerator.num_processes,
-        workers=recipe.data.workers, seed=recipe.seed, tail="drop",
-        transform=PretrainViews(backbone.image_size[0], target_size, augmentation, masks),
-    )  # fmt: skip
+    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
+    training = PretrainViews(backbone.image_size[0], target_size, augmentation, masks)
+    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=training, **ranks)
+
+    def evaluate(_: object) -> list:
+        plain = PretrainViews(backbone.image_size[0], target_size, Augmentation((1.0, 1.0), flip=0.0), masks)
+        held_out = ShardStream(open_index(recipe.evaluate_on), 256, shuffle=False, transform=plain, **ranks)
+        return masked_accuracy(objective, held_out, accelerator.device)
+
     title = f"BEiT pretraining of {settings.name} ({sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters) without labels"
-    train(objective, stream, invocation=invocation, kind="pretrain", accelerator=accelerator, title=title)
+    train(objective, stream, invocation=invocation, kind="pretrain", accelerator=accelerator, title=title,
+          evaluate=evaluate if recipe.evaluate_on else None)  # fmt: skip
     if accelerator.is_main_process:
         out = invocation.out / "backbone"
         save_backbone(backbone, out, mean=normalize.mean_C11.flatten().tolist(), std=normalize.std_C11.flatten().tolist())
         Run(invocation, "pretrain").finish()
-        print(f"pretrained backbone in {out}\nnext: accelerate launch finetune/classify.py --config launch/recipes/classify_fashion_mnist.yaml "
-              f"--init.path {invocation.out} --out runs/classify")  # fmt: skip
+        print(f"pretrained backbone in {out}\nnext: accelerate launch finetune/classify.py --config launch/recipes/demo_fine_tuned.yaml "
+              f"--init.path {invocation.out} --out runs/fine-tuned")  # fmt: skip
     accelerator.end_training()
 
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mimetic.engine.config import BackboneSettings, DataSettings, OptimSettings, TrainSettings
+from mimetic.engine.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -18,17 +19,23 @@ class TokenizerSettings:
 
 @dataclass(frozen=True)
 class MaskSettings:
-    """BEiT's blockwise masks.
+    """Which cells are hidden.
 
     Args:
+        kind: block (BEiT's blockwise masks) or random (cells drawn evenly).
         count: K, hidden cells per image, exactly.
         min_block: Cells of the smallest block.
         aspect: Lowest aspect ratio of a block; the highest is its inverse.
     """
 
+    kind: str = "block"
     count: int = 75
     min_block: int = 16
     aspect: float = 0.3
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("block", "random"):
+            raise SettingError(f"mask.kind is {self.kind!r}; it must be block or random")
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,7 @@ class BeitRecipe:
 
     Args:
         seed: Of everything that is random.
+        evaluate_on: An index of held-out images; masked accuracy is measured there.
     """
 
     data: DataSettings
@@ -71,4 +79,5 @@ class BeitRecipe:
     backbone: BackboneSettings = BackboneSettings()
     mask: MaskSettings = MaskSettings()
     views: ViewSettings = ViewSettings()
+    evaluate_on: str | None = None
     seed: int = 0

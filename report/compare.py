@@ -16,8 +16,12 @@ from mimetic.report.results import TEST
 from mimetic.report.runs import RunFolder, read_runs
 from mimetic.report.wording import percent, whole
 
-SCRIPTS = {"tokenizer": "tokenizers/train_dvae.py", "pretrain": "pretrain/beit.py", "classify": "finetune/classify.py"}
-SHAPES = {"tokenizer": "dvae", "pretrain": "tokenizer", "classify": "evaluation"}  # the section that only this script's recipe has
+LAUNCHED = "accelerate launch"
+# Kind of run -> its script's command, and a setting that only this script's recipe has: other scripts may share the kind.
+SCRIPTS = {
+    "tokenizer": (f"{LAUNCHED} tokenizers/train_dvae.py", "dvae"), "pretrain": (f"{LAUNCHED} pretrain/beit.py", "tokenizer"),
+    "classify": (f"{LAUNCHED} finetune/classify.py", "backbone"), "reference": ("python finetune/logistic.py", "max_iter"),
+}  # fmt: skip
 
 
 def compare(runs: Sequence[Path], out: Path, *, title: str | None = None) -> Path:
@@ -120,15 +124,16 @@ def _repeat(runs: Sequence[RunFolder]) -> Table:
          run.revision or "not recorded", "finished" if run.finished else "not finished", run.seed)
         for run in runs
     )  # fmt: skip
-    return Table("Where each run comes from", columns, rows, text_columns=7)
+    return Table("Where each run comes from", columns, rows, words=tuple(range(len(columns) - 1)))
 
 
 def _command(run: RunFolder) -> str:
     """What trains the same recipe again; empty for kinds that no script of ours trains."""
-    if run.kind not in SCRIPTS or SHAPES[run.kind] not in run.config:
+    script, setting = SCRIPTS.get(run.kind, ("", ""))
+    if setting not in run.config:
         return ""
     config, folder = shlex.quote(str(run.folder / "config.yaml")), shlex.quote(f"{run.folder}-again")
-    return f"accelerate launch {SCRIPTS[run.kind]} --config {config} --out {folder}"
+    return f"{script} --config {config} --out {folder}"
 
 
 def _distinct_names(shown: Sequence[Section]) -> list[Section]:

@@ -14,12 +14,12 @@ TEMPLATES = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are printed; the first `text_columns` hold words, the others numbers."""
+    """Cells as they are printed; columns of these numbers hold words, the others hold numbers."""
 
     caption: str
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    text_columns: int = 1
+    words: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)

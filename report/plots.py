@@ -2,6 +2,7 @@
 
 import io
 import math
+import textwrap
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,13 +18,13 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#222222")
 MARKERS = "osD^vPX*"  # a second sign beside the colour, for prints in grey
 GREY = "#666666"
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "font.family": "DejaVu Sans", "font.size": 9.5, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#888888",
     "axes.labelcolor": "#333333", "xtick.color": "#555555", "ytick.color": "#555555", "axes.grid": True, "grid.color": "#e6e6e6",
     "grid.linewidth": 0.8, "axes.axisbelow": True, "figure.facecolor": "white", "legend.frameon": False, "text.parse_math": False,
 }  # fmt: skip
 PERCENT = FuncFormatter(lambda share, _: f"{100 * share:.4g} %")
-LONGEST = 34  # letters of a name in a figure; tables have it whole
+LONGEST = 40  # letters of a name in a figure; tables have it whole
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ def intervals(x_label: str, rows: Sequence[tuple[str, float, tuple[float, float]
             axes.plot([value], [place], color=shade, marker=MARKERS[colour % len(MARKERS)], ms=8)
             axes.annotate(f"{100 * value:.1f} %", (value, place), (0, 8), textcoords="offset points", ha="center", color="#222222")
         axes.set(xlabel=x_label, ylim=(len(rows) - 0.5, -0.7))
-        axes.set_yticks(range(len(rows)), [_short(name, 26) for name, *_ in rows], color="#222222")
+        axes.set_yticks(range(len(rows)), [textwrap.fill(_short(name), 22) for name, *_ in rows], color="#222222")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(PERCENT)
         axes.tick_params(axis="y", length=0)

@@ -11,7 +11,7 @@ from mimetic.report.runs import RunFolder
 from mimetic.report.wording import percent, plain, seconds, whole
 
 TEST = "test_accuracy"
-COLUMNS = ("Arm", "Run", "Accuracy, %", "95 % interval", "Measured on", "Labels", "Images seen", "Steps", "Seconds", "Parameters", "Seed")
+COLUMNS = ("Arm", "Accuracy, %", "95 % interval", "Measured on", "Labels", "Images seen", "Steps", "Seconds", "Parameters", "Seed", "Run")
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,6 @@ def arms_table(arms: Sequence[Arm]) -> Table:
     for arm in best_first(arms):
         record = arm.record
         numbers = [whole(value) for value in (record.count, arm.labels, record.samples, record.step)]
-        rows.append((arm.label, arm.run.name, percent(record.value, ""), arm.within, *numbers, seconds(record.seconds),
-                     whole(record.parameters), arm.run.seed))  # fmt: skip
-    return Table(f"{plain(arms[0].record.metric).capitalize()}, best first", COLUMNS, tuple(rows), text_columns=2)
+        rows.append((arm.label, percent(record.value, ""), arm.within, *numbers, seconds(record.seconds),
+                     whole(record.parameters), arm.run.seed, arm.run.name))  # fmt: skip
+    return Table(f"{plain(arms[0].record.metric).capitalize()}, best first", COLUMNS, tuple(rows), words=(0, len(COLUMNS) - 1))

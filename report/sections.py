@@ -175,7 +175,7 @@ def _measures(members: Sequence[RunFolder]) -> list[Table]:
         newest: dict[str, Record] = {record.metric: record for record in run.records}
         rows += [_measure_row(run, record) for name, record in newest.items() if not (arm and name.endswith("accuracy"))]
     columns = ("Run", "Measure", "Value", "Measured on", "Images seen", "Seconds", "Parameters")
-    return [Table("Measured", columns, tuple(rows), text_columns=2)] if rows else []
+    return [Table("Measured", columns, tuple(rows), words=(0, 1))] if rows else []
 
 
 def _measure_row(run: RunFolder, record: Record) -> tuple[str, ...]:

@@ -179,11 +179,11 @@ def test_strides_and_channels(stride, channels, height, width):
     ids_BPQ = dvae.encode(image_BCHW)
     assert ids_BPQ.shape == (16, height // stride, width // stride)
     assert ids_BPQ.dtype == torch.int64
-    assert 0 <= ids_BPQ.min()
+    assert ids_BPQ.min() >= 0
     assert ids_BPQ.max() < 32
     decoded_BCHW = dvae.decode(ids_BPQ)
     assert decoded_BCHW.shape == image_BCHW.shape
-    assert 0 <= decoded_BCHW.min()
+    assert decoded_BCHW.min() >= 0
     assert decoded_BCHW.max() <= 1
     assert not decoded_BCHW.requires_grad
 

@@ -19,7 +19,7 @@ class ImageTokenizer(Protocol):
     stride: int
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
-        """Return ids_BPQ, int64 in [0, V), of images in [0, 1]; SettingError when the stride divides a side not."""
+        """Return ids_BPQ, int64 in [0, V), of images in [0, 1]; SettingError if a side is no multiple of the stride."""
         ...
 
 

@@ -18,7 +18,7 @@ SHOWN = 12
 
 
 class DVAEObjective(Objective):
-    """The relaxed evidence bound; the temperature falls exponentially, the KL's weight rises over the first half.
+    """The relaxed evidence bound; the temperature falls exponentially over four fifths, the KL's weight rises over the first half.
 
     Dead codes are restarted every `restart_every` steps of the first three quarters: the last codes need time to settle.
     """
@@ -33,7 +33,7 @@ class DVAEObjective(Objective):
         """Anneals by the share of steps done."""
         progress = step / steps
         high, low = self.temperatures
-        self._temperature = high * (low / high) ** progress
+        self._temperature = high * (low / high) ** min(1.0, progress / 0.8)  # the last fifth settles at the lowest
         self._kl_weight = self.kl_weight * min(1.0, 2 * progress)
         self._restart_seed = step if step % self.restart_every == 0 and progress < 0.75 else 0
 

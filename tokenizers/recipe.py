@@ -16,7 +16,7 @@ class DvaeSettings:
         code_width: Width of a code vector.
         depth: Residual blocks on each side.
         temperature: Of the Gumbel-softmax at the start.
-        final_temperature: At the end.
+        final_temperature: Reached after four fifths of the training.
         kl_weight: Weight of the KL to uniform, reached linearly over the first half of the training.
         restart_every: Steps between restarts of dead codes.
         seed_images: Images whose features seed the codebook.
@@ -28,8 +28,8 @@ class DvaeSettings:
     code_width: int = 32
     depth: int = 1
     temperature: float = 1.0
-    final_temperature: float = 0.0625
-    kl_weight: float = 0.0
+    final_temperature: float = 0.1
+    kl_weight: float = 0.001
     restart_every: int = 50
     seed_images: int = 2048
 

@@ -6,7 +6,7 @@ from mimetic.engine.run import Run
 from mimetic.engine.runtime import run_entry, start
 from mimetic.tokenizers.recipe import DvaeRecipe
 
-EXAMPLE = "accelerate launch tokenizers/train_dvae.py --config launch/recipes/dvae_fashion_mnist.yaml --out runs/tokenizer"
+EXAMPLE = "accelerate launch tokenizers/train_dvae.py --config launch/recipes/demo_tokenizer.yaml --out runs/tokenizer"
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
         save_tokenizer(dvae, invocation.out / "tokenizer")
         Run(invocation, "tokenizer").finish()
         print(f"tokenizer in {invocation.out}/tokenizer\nnext: accelerate launch pretrain/beit.py --config launch/recipes/"
-              f"beit_fashion_mnist.yaml --tokenizer.path {invocation.out} --out runs/pretrain")  # fmt: skip
+              f"demo_pretrained.yaml --tokenizer.path {invocation.out} --out runs/pretrain")  # fmt: skip
     accelerator.end_training()
 
 

@@ -1,0 +1,160 @@
+"""Block masks against the published algorithm, run here in plain Python, and exactly K cells in every case."""
+
+import math
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+from mimetic.data.masks import BlockMasks
+from mimetic.data.randomness import mix, uniform
+from mimetic.engine.errors import SettingError
+
+SEEDS = mix(7, np.arange(3000))
+GRIDS = [((14, 14), 75, 16), ((7, 7), 20, 4), ((8, 12), 40, 6)]
+every_grid = pytest.mark.parametrize(("grid", "count", "min_block"), GRIDS, ids=str)
+steady = settings(deadline=None, derandomize=True, max_examples=150)
+
+
+def published_mask(generator: random.Random, grid: tuple[int, int], count: int, min_block: int, aspect: float = 0.3) -> np.ndarray:
+    """Algorithm 1 of 2106.08254 as its authors wrote it: blocks one by one, ten tries for each."""
+    rows, columns = grid
+    mask = np.zeros(grid, dtype=bool)
+    low, high = math.log(aspect), math.log(1 / aspect)
+    while (hidden := int(mask.sum())) < count:
+        for _ in range(10):
+            area = generator.uniform(min_block, count - hidden)
+            ratio = math.exp(generator.uniform(low, high))
+            height, width = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if width < columns and height < rows:
+                top, left = generator.randint(0, rows - height), generator.randint(0, columns - width)
+                block = mask[top : top + height, left : left + width]
+                if 0 < height * width - int(block.sum()) <= count - hidden:
+                    block[:] = True
+                    break
+        else:
+            break
+    return mask
+
+
+def published_masks(grid, count, min_block) -> np.ndarray:
+    generator = random.Random(11)
+    return np.stack([published_mask(generator, grid, count, min_block) for _ in range(len(SEEDS))])
+
+
+@every_grid
+def test_blocks_are_distributed_as_the_published_algorithm_has_it(grid, count, min_block):
+    ours, theirs = BlockMasks(grid, count, min_block).blocks(SEEDS), published_masks(grid, count, min_block)
+    totals = [np.bincount(masks.sum((1, 2)), minlength=count + 1) for masks in (ours, theirs)]
+    common = np.minimum(*totals) >= 5
+    table = [[*total[common], total[~common].sum()] for total in totals]
+    table = [[cells for cells, both in zip(row, np.sum(table, 0), strict=True) if both] for row in table]
+    assert stats.chi2_contingency(table).pvalue > 0.001
+    for statistic in (edges, largest_row, corner):
+        assert stats.ks_2samp(statistic(ours), statistic(theirs)).pvalue > 0.001
+    shares = ours.mean(0), theirs.mean(0)
+    error = np.sqrt(sum(share * (1 - share) for share in shares) / len(SEEDS))
+    assert (np.abs(shares[0] - shares[1]) < 4.5 * error).all()
+
+
+def edges(masks: np.ndarray) -> np.ndarray:
+    """Borders between hidden and visible cells: few for blocks, many for scattered cells."""
+    return np.diff(masks, axis=1).sum((1, 2)) + np.diff(masks, axis=2).sum((1, 2))
+
+
+def largest_row(masks: np.ndarray) -> np.ndarray:
+    return masks.sum(2).max(1)
+
+
+def corner(masks: np.ndarray) -> np.ndarray:
+    return masks[:, : masks.shape[1] // 2, : masks.shape[2] // 2].sum((1, 2))
+
+
+def test_about_two_thirds_of_published_masks_are_full_at_14x14():
+    full = (BlockMasks((14, 14), 75, 16).blocks(SEEDS).sum((1, 2)) == 75).mean()
+    assert abs(full - 0.666) < 0.03  # of 20,000 masks of the published algorithm, 66.6 %
+
+
+@st.composite
+def settings_that_fit(draw) -> tuple[tuple[int, int], int, int, float]:
+    grid = draw(st.integers(1, 16)), draw(st.integers(1, 16))
+    count = draw(st.integers(1, grid[0] * grid[1]))
+    return grid, count, draw(st.integers(1, count)), draw(st.floats(0.05, 1))
+
+
+@steady
+@given(settings_that_fit(), st.integers(0, 2**63))
+def test_every_mask_has_exactly_k_cells_and_holds_the_blocks(setting, seed):
+    masks, seeds = BlockMasks(*setting), mix(seed, np.arange(8))
+    hidden = masks.sample(seeds)
+    assert hidden.dtype == torch.bool
+    assert hidden.shape == (8, *setting[0])
+    assert (hidden.sum((1, 2)) == setting[1]).all()
+    assert (hidden.numpy() | masks.blocks(seeds) == hidden.numpy()).all()
+
+
+@every_grid
+def test_a_mask_is_a_function_of_its_own_seed(grid, count, min_block):
+    masks = BlockMasks(grid, count, min_block)
+    together = masks.sample(SEEDS[:60])
+    alone = torch.cat([masks.sample(SEEDS[i : i + 1]) for i in range(60)])
+    shuffled = masks.sample(SEEDS[59::-1])
+    assert torch.equal(together, alone)
+    assert torch.equal(together, shuffled.flip(0))
+    assert len({mask.numpy().tobytes() for mask in together}) > 55
+
+
+def test_missing_cells_are_filled_in_evenly():
+    masks = BlockMasks((4, 4), 12, 12)  # a block of 12 hardly fits, so that most masks are all filling
+    empty = masks.blocks(SEEDS).sum((1, 2)) == 0
+    assert empty.sum() > 100
+    cells = masks.sample(SEEDS).numpy()[empty].sum(0)
+    expected = empty.sum() * 12 / 16
+    assert (np.abs(cells - expected) < 4.5 * np.sqrt(expected / 4)).all()
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (((4, 4), 17, 4), "mask.count is 17, but the 4x4 grid has 16 cells"),
+        (((4, 4), 0, 1), "mask.count is 0, but the 4x4 grid has 16 cells"),
+        (((4, 4), 6, 16), "mask.min_block is 16, but mask.count is 6"),
+        (((4, 4), 6, 0), "mask.min_block is 0, but mask.count is 6"),
+        (((4, 4), 6, 4, 0.0), "mask.aspect is 0.0"),
+        (((4, 4), 6, 4, 1.5), "mask.aspect is 1.5"),
+    ],
+)  # fmt: skip
+def test_impossible_settings_are_refused_with_both_numbers(setting, message):
+    with pytest.raises(SettingError, match=message):
+        BlockMasks(*setting)
+
+
+# The random numbers underneath
+
+
+def test_draws_are_uniform_and_independent_of_each_other():
+    draws = uniform(mix(3, 0, np.arange(20000))[:, None], 5, np.arange(4))
+    assert draws.min() >= 0
+    assert draws.max() < 1
+    for column in draws.T:
+        assert stats.kstest(column, "uniform").pvalue > 0.001
+    assert np.abs(np.corrcoef(draws.T) - np.eye(4)).max() < 0.03
+    assert abs(np.corrcoef(draws[1:, 0], draws[:-1, 0])[0, 1]) < 0.03  # neighbours in the index
+
+
+def test_a_hash_depends_on_every_word_and_on_their_order():
+    hashes = {int(mix(a, b, c)) for a in range(12) for b in range(12) for c in range(12)}
+    assert len(hashes) == 12**3
+    assert mix(1, np.arange(3)).tolist() == [int(mix(1, i)) for i in range(3)]
+    assert int(mix(-1, 2**63)) == int(mix(2**64 - 1, 2**63))
+
+
+def test_the_hash_is_splitmix64():
+    """First outputs of the reference generator seeded with 1234567 (Vigna's splitmix64.c)."""
+    state, golden = 1234567, 0x9E3779B97F4A7C15
+    first = [int(mix((state + i * golden) % 2**64)) for i in range(3)]
+    assert first == [6457827717110365317, 3203168211198807973, 9817491932198370423]
