@@ -234,10 +234,10 @@ def _write(folder: Path, items: list[Item], classes: list[str], samples_per_shar
     ]
     if rejected:
         write_atomically(folder / "rejected.tsv", "".join(f"{path}\t{reason}\n" for path, reason in rejected))
-    content = {"version": VERSION, "samples": len(rows), "rejected": len(rejected), "classes": classes,
+    summary = {"version": VERSION, "samples": len(rows), "rejected": len(rejected), "classes": classes,
                "image": statistics.summary(), "shards": shards}  # fmt: skip
-    write_atomically(folder / "index.json", json.dumps(content, indent=1) + "\n")
-    return content
+    write_atomically(folder / "index.json", json.dumps(summary, indent=1) + "\n")
+    return summary
 
 
 def _offset(item: Item, size: int, end: int) -> int:

@@ -215,11 +215,12 @@ def pixels(index: Index, subset: NDArray[np.int64] | None = None) -> tuple[NDArr
     Raises:
         SettingError: the images differ in size.
     """
-    rows, labels = [], []
+    rows: list[NDArray[np.float32]] = []
+    labels: list[NDArray[np.int64]] = []
     for batch in ShardStream(index, 256, shuffle=False, subset=subset):
         image, valid_B = batch["image"], batch["valid"]
         if not isinstance(image, torch.Tensor) or (rows and image[0].numel() != len(rows[0][0])):
             raise SettingError(f"{index.folder}: images differ in size; resize them to compare pixels")
-        rows.append(image[valid_B].flatten(1).numpy().astype(np.float32) / 255)
+        rows.append(image[valid_B].flatten(1).numpy() / np.float32(255))
         labels.append(batch["label"][valid_B].numpy())
     return np.concatenate(rows), np.concatenate(labels)

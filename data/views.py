@@ -14,7 +14,7 @@ from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from mimetic.data.masks import BlockMasks
+from mimetic.data.masks import MaskGenerator
 from mimetic.data.randomness import mix, uniform
 
 CROP, FLIP, JITTER, SHIFT, MASK = range(5)  # what a draw is for: each has its own stream of numbers
@@ -100,7 +100,7 @@ class PretrainViews:
     They differ in size and interpolation: bicubic for the backbone, Lanczos for the tokenizer.
     """
 
-    def __init__(self, image_size: int, target_size: int, augmentation: Augmentation, masks: BlockMasks | None) -> None:
+    def __init__(self, image_size: int, target_size: int, augmentation: Augmentation, masks: MaskGenerator | None) -> None:
         self.image_size, self.target_size, self.augmentation, self.masks = image_size, target_size, augmentation, masks
 
     def __call__(self, images: list[torch.Tensor], seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
@@ -140,6 +140,9 @@ def _centre(image: torch.Tensor) -> torch.Tensor:
 
 class Normalize(nn.Module):
     """uint8 BCHW to float, (x / 255 - mean) / std per channel, on the device where the pixels are."""
+
+    mean_C11: torch.Tensor
+    std_C11: torch.Tensor
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()

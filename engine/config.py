@@ -131,7 +131,7 @@ class BackboneSettings:
 
     name: str = "beit_base_patch16_224"
     image_size: int | None = None
-    overrides: dict[str, bool | int | float | str | None] = dataclasses.field(default_factory=dict)
+    overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -133,10 +133,10 @@ def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], 
     optimizer = adamw(objective, recipe.optim)
     model, optimizer = accelerator.prepare(objective, optimizer)
     torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # drop path and the like differ between ranks
-    step, spent = _resume(accelerator, invocation, run, stream)
+    step, spent, bad = _resume(accelerator, invocation, run, stream)
     _announce(accelerator, title, recipe, plan, stream, step, invocation.out)
     run.open(step)
-    loop = _Loop(accelerator, model, objective, optimizer, stream, recipe, plan, run, step, spent)
+    loop = _Loop(accelerator, model, objective, optimizer, stream, recipe, plan, run, step, spent, bad)
     try:
         loop.walk(evaluate)
     finally:
@@ -218,11 +218,12 @@ class _Loop:
                 f"the loss is {values['loss']} at step {self.step}; lower optim.lr ({self.recipe.optim.lr}) or optim.clip, or use "
                 "train.precision fp32; checkpoints from before are kept"
             )
-        allowed = int(self.recipe.data.max_bad * self.stream.samples)
-        if self.bad > allowed:
+        read = self.step * self.plan.samples_per_step
+        tolerated = self.recipe.data.max_bad
+        if self.bad > tolerated * max(read, self.stream.samples):  # a bad sample comes again in each epoch
             raise DataError(
-                f"{self.bad} samples did not decode, {allowed} of {self.stream.samples} are tolerated (data.max_bad "
-                f"{self.recipe.data.max_bad}); pack the images again, or raise it"
+                f"{self.bad} of the {read} images read so far did not decode ({self.bad / read:.1%}), data.max_bad tolerates "
+                f"{tolerated:.1%} of the data; pack the images again, or raise it"
             )
 
     def evaluate(self, evaluate: Evaluate, seconds: float) -> None:
@@ -283,19 +284,19 @@ def _announce(accelerator: "Accelerator", title: str, recipe: Any, plan: Plan, s
               + (f"; going on after step {step}" if step else ""), flush=True)  # fmt: skip
 
 
-def _resume(accelerator: "Accelerator", invocation: Invocation[Any], run: Run, stream: Stream) -> tuple[int, float]:
-    """Step and seconds so far: (0, 0.0) for a fresh start."""
+def _resume(accelerator: "Accelerator", invocation: Invocation[Any], run: Run, stream: Stream) -> tuple[int, float, int]:
+    """Step, seconds and bad samples so far: all 0 for a fresh start."""
     folder = invocation.out / "checkpoints"
     path = Path(invocation.resume) if invocation.resume else checkpoints.newest(folder)
     if path is None:
         if invocation.resume is not None:
             raise CheckpointError(f"--resume: no valid checkpoint in {folder}; leave --resume out to start afresh")
-        return 0, 0.0
+        return 0, 0.0, 0
     state = checkpoints.verify(path)
     run.check_same_recipe(state["recipe"], path)
     stream.load_state_dict(state["stream"])
     checkpoints.load(accelerator, path, state, engine_name(accelerator))
-    return state["step"], state["seconds"]
+    return state["step"], state["seconds"], state["bad"]
 
 
 def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:

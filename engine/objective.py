@@ -47,6 +47,6 @@ class Objective(nn.Module):
         """Told before each step how many of all steps are done: for annealing."""
 
 
-def frozen(module: nn.Module, device: torch.device | str) -> tuple[nn.Module]:
+def frozen(module: Any, device: torch.device | str) -> tuple[Any]:
     """Wraps a module in a tuple, which nn.Module does not register: it is neither saved nor trained nor moved with its owner."""
     return (module.to(device).eval().requires_grad_(False),)

@@ -128,7 +128,7 @@ def _lock(folder: Path) -> IO[str]:
     """Holds the folder for this process; the system lets go when the process ends, however it ends."""
     file = (folder / ".lock").open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers inherit that, and outlive a killed process
     except OSError:
         file.seek(0)
         raise LaunchError(f"{folder} is in use by process {file.read().strip()}; wait for it or end it, or use another --out") from None

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +68,7 @@ def _timm_tokens(out: Path, trained: Backbone, image_BCHW: Tensor) -> Tensor:
         import timm
     except ImportError:
         raise SettingError("--to timm opens the folder with timm to check it; pip install timm, or use --to safetensors") from None
-    model = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    model: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     prefix = int(getattr(model, "num_prefix_tokens", 1))
     with torch.no_grad():
         tokens = model.forward_features(image_BCHW)[:, prefix:]

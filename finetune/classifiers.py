@@ -77,11 +77,11 @@ def open_classifier(run: str | Path) -> tuple[Any, Normalize]:
     """
     folder = Path(run) / NAME
     if not folder.exists():
-        model = load_backbone(run)
-        if not model.num_classes:
+        backbone = load_backbone(run)
+        if not backbone.num_classes:
             raise CheckpointError(f"{run} holds a backbone without a classifier; a teacher is a run of finetune/classify.py")
         mean, std = normalization(run)
-        return model, Normalize(tuple(mean), tuple(std))
+        return backbone, Normalize(tuple(mean), tuple(std))
     try:
         config = json.loads((folder / "config.json").read_text())
         model = ResidualCNN(**config["arguments"])

@@ -52,7 +52,7 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
     mixing = Mixing(len(index.classes), views.mixup, views.cutmix, recipe.seed)
     if recipe.distill.teacher:
         teacher, teacher_normalize = open_classifier(recipe.distill.teacher)
-        objective = Distill(model, normalize, mixing, views.smoothing, teacher, teacher_normalize, accelerator.device)
+        objective: Supervised = Distill(model, normalize, mixing, views.smoothing, teacher, teacher_normalize, accelerator.device)
     else:
         objective = Supervised(model, normalize, mixing, views.smoothing)
     details = {"arm": recipe.arm, "labels": stream.samples, "backbone": recipe.backbone.name}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from mimetic.data.randomness import mix
 from mimetic.data.views import Normalize
 from mimetic.engine.errors import SettingError
 from mimetic.engine.objective import Objective, StepOutput, frozen
@@ -31,7 +32,7 @@ class Mixing:
         if not self.kinds:
             return image_BCHW, F.one_hot(label_B, self.num_classes).float()
         with torch.random.fork_rng():
-            torch.manual_seed((self.seed << 32) + step)
+            torch.manual_seed(int(mix(self.seed, step)) % (1 << 32))  # torch's generator on CPUs keeps 32 bits
             return v2.RandomChoice(self.kinds)(image_BCHW, label_B)
 
 
@@ -108,6 +109,9 @@ class Distill(Supervised):
 
 class _Between(nn.Module):
     """From the student's normalization to the teacher's."""
+
+    scale_C11: Tensor
+    shift_C11: Tensor
 
     def __init__(self, ours: Normalize, theirs: Normalize) -> None:
         super().__init__()

@@ -27,7 +27,7 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     from mimetic.backbones.catalog import create_backbone
     from mimetic.backbones.files import save_backbone
     from mimetic.data.index import open_index
-    from mimetic.data.masks import BlockMasks, RandomMasks
+    from mimetic.data.masks import BlockMasks, MaskGenerator, RandomMasks
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, Normalize, PretrainViews
     from mimetic.engine.loop import train
@@ -45,7 +45,7 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     target_size = views.target_size or backbone.mask_grid[0] * tokenizer.stride
     token_grid = (target_size // tokenizer.stride,) * 2
     grid = backbone.mask_grid
-    masks = RandomMasks(grid, mask.count) if mask.kind == "random" else BlockMasks(grid, mask.count, mask.min_block, mask.aspect)
+    masks: MaskGenerator = RandomMasks(grid, mask.count) if mask.kind == "random" else BlockMasks(grid, mask.count, mask.min_block, mask.aspect)
     head = TokenHead(backbone.embed_dim, tokenizer.vocab_size, mask.count)
     normalize = Normalize(tuple(views.mean or index.mean), tuple(views.std or index.std))
     objective = MaskedImageModeling(backbone, tokenizer, head, normalize, token_grid, accelerator.device)
@@ -55,6 +55,7 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=training, **ranks)
 
     def evaluate(_: object) -> list:
+        assert recipe.evaluate_on
         plain = PretrainViews(backbone.image_size[0], target_size, Augmentation((1.0, 1.0), flip=0.0), masks)
         held_out = ShardStream(open_index(recipe.evaluate_on), 256, shuffle=False, transform=plain, **ranks)
         return masked_accuracy(objective, held_out, accelerator.device)

@@ -57,7 +57,7 @@ class MaskedImageModeling(Objective):
         SettingError: the backbone's grid is not the tokenizer's.
     """
 
-    def __init__(self, backbone: Backbone, tokenizer: nn.Module, head: TokenHead, normalize: Normalize,
+    def __init__(self, backbone: Backbone, tokenizer: Any, head: TokenHead, normalize: Normalize,
                  token_grid: tuple[int, int], device: torch.device) -> None:  # fmt: skip
         super().__init__()
         if backbone.feature_grid != token_grid:

@@ -10,10 +10,9 @@ import sys
 import pytest
 import timm
 import torch
-from oracles import TOLERANCE, perturb_, worst
+from oracles import TOLERANCE, masked_beit, perturb_, transformers_weights, worst
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import BeitConfig, BeitForMaskedImageModeling
 
 from mimetic.backbones.catalog import CATALOG, create_backbone, list_backbones
 from mimetic.backbones.contract import Backbone
@@ -178,43 +177,6 @@ def test_masked_model_equals_transformers(shared, dtype):
     logits_MV = head(map_BDPQ.permute(0, 2, 3, 1)[hidden_BPQ])
     their_logits_MV = theirs(image_BCHW, bool_masked_pos=hidden_BPQ.flatten(1)).logits[hidden_BPQ.flatten(1)]
     assert worst(logits_MV, their_logits_MV) < TOLERANCE[dtype]
-
-
-def masked_beit(vocabulary: int, shared: bool) -> BeitForMaskedImageModeling:
-    config = BeitConfig(
-        vocab_size=vocabulary, hidden_size=48, num_hidden_layers=3, num_attention_heads=3, intermediate_size=192,
-        layer_norm_eps=1e-6, image_size=20, patch_size=4, use_mask_token=True, use_shared_relative_position_bias=shared,
-        use_relative_position_bias=not shared,
-    )
-    return BeitForMaskedImageModeling(config)
-
-
-def transformers_weights(ours: Backbone, head: nn.Linear) -> dict[str, Tensor]:
-    """Our weights under transformers' names, which splits queries, keys and values."""
-    renamed = {
-        "patch_embed.proj": "beit.embeddings.patch_embeddings.projection", "patch_embed.": "beit.embeddings.",
-        "rel_pos_bias.": "beit.shared_position_bias.", "norm.": "layernorm.",
-    }
-    in_block = {
-        "attn.rel_pos_bias": "relative_position_bias", "attn.proj": "attention.o_proj", "mlp.": "mlp.", "gamma": "lambda",
-        "norm1": "layernorm_before", "norm2": "layernorm_after",
-    }
-    state = {f"lm_head.{name}": value for name, value in head.state_dict().items()}
-    for name, value in ours.state_dict().items():
-        if "qkv" in name:
-            to = "beit.layers." + name.removeprefix("blocks.").split("attn.")[0] + "attention.{}_proj." + "{}"
-            if name.endswith("weight"):
-                state |= {to.format(letter, "weight"): part for letter, part in zip("qkv", value.chunk(3), strict=True)}
-            else:
-                state[to.format(name[-6], "bias")] = value
-        elif name.startswith("blocks."):
-            _, index, rest = name.split(".", 2)
-            old = next(old for old in in_block if rest.startswith(old))
-            state[f"beit.layers.{index}.{rest.replace(old, in_block[old])}"] = value
-        else:
-            old = next(old for old in renamed if name.startswith(old))
-            state[name.replace(old, renamed[old], 1)] = value
-    return state
 
 
 # Hidden means hidden

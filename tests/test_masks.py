@@ -15,7 +15,7 @@ from mimetic.data.randomness import mix, uniform
 from mimetic.engine.errors import SettingError
 
 SEEDS = mix(7, np.arange(3000))
-GRIDS = [((14, 14), 75, 16), ((7, 7), 20, 4), ((8, 12), 40, 6)]
+GRIDS = [((14, 14), 75, 16), ((7, 7), 20, 4), ((8, 12), 40, 6), ((3, 10), 14, 4)]
 every_grid = pytest.mark.parametrize(("grid", "count", "min_block"), GRIDS, ids=str)
 steady = settings(deadline=None, derandomize=True, max_examples=150)
 

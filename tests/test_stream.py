@@ -160,9 +160,9 @@ def test_another_global_batch_goes_on_if_it_divides_the_position_and_is_refused_
 
 
 def test_the_order_differs_between_epochs_and_seeds():
-    index = blanks([7] * 12)
-    orders = {str(global_batches(index, 4, 1, seed=seed, epoch=epoch)) for seed in range(4) for epoch in range(4)}
-    assert len(orders) == 16
+    for index in (blanks([84]), blanks([7] * 12)):
+        orders = {str(global_batches(index, 4, 1, seed=seed, epoch=epoch)) for seed in range(4) for epoch in range(4)}
+        assert len(orders) == 16
     two_epochs = global_batches(index, 4, 1, epochs=2, seed=1)
     assert two_epochs[:21] == global_batches(index, 4, 1, seed=1)
     assert two_epochs[21:] == global_batches(index, 4, 1, seed=1, epoch=1)
@@ -309,6 +309,14 @@ def test_an_image_that_does_not_decode_is_marked_and_listed_once(own_shards, tra
     assert [bad for batch in batches for bad in batch["bad"]] == [key] * 2
     seen = [int(s) for batch in batches for s, valid in zip(batch["sample"], batch["valid"], strict=True) if valid]
     assert sorted(seen) == sorted([*range(5), *range(6, 10)] * 2)
+
+
+def test_a_damaged_image_that_also_fills_up_the_last_batch_counts_once(own_shards):
+    index = open_index(own_shards)
+    key = scribble(index, 0)
+    batches = list(ShardStream(index, 4, shuffle=False))
+    assert batches[-1]["sample"].tolist() == [8, 9, 0, 1]
+    assert [batch["bad"] for batch in batches] == [[key], [], []]
 
 
 @pytest.mark.parametrize("workers", [0, 2])

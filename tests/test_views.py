@@ -44,11 +44,17 @@ def test_boxes_are_distributed_as_torchvisions(size, scale):
     blank = torch.empty(1, *size)
     theirs = np.array([v2_get_params(blank, list(scale), ratio) for _ in range(len(SEEDS))])
     ours = random_boxes(SEEDS, np.tile(size, (len(SEEDS), 1)), scale)
-    for measure in (lambda b: b[:, 2] * b[:, 3], lambda b: np.log(b[:, 3] / b[:, 2]), lambda b: b[:, 0], lambda b: b[:, 1]):
-        assert stats.ks_2samp(measure(ours), measure(theirs)).pvalue > 0.001
+    for a, b in zip(measures(ours), measures(theirs), strict=True):
+        assert stats.ks_2samp(a, b).pvalue > 0.001
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, 2:] >= 1).all()
     assert (ours[:, :2] + ours[:, 2:] <= size).all()
+
+
+def measures(boxes: np.ndarray) -> list[np.ndarray]:
+    """Area, aspect, and the place in both directions, together and apart."""
+    top, left, height, width = boxes.T
+    return [height * width, np.log(width / height), top, left, top - left]
 
 
 def v2_get_params(image: torch.Tensor, scale: list[float], ratio: list[float]) -> tuple[int, int, int, int]:
@@ -128,6 +134,14 @@ def test_views_without_resizing_are_equal_to_the_last_bit_jitter_included():
     assert torch.equal(batch["image"], batch["target"])
     assert not torch.equal(batch["image"], torch.stack(images))
     assert "hidden" not in batch
+
+
+def test_the_backbone_sees_bicubic_and_the_tokenizer_lanczos():
+    images, augmentation = [photo(i) for i in range(4)], Augmentation((0.2, 1.0), jitter=0.4)
+    batch = PretrainViews(32, 16, augmentation, None)(images, SEEDS[:4])
+    crops = augmentation(images, SEEDS[:4])
+    assert torch.equal(batch["image"], resized(crops, 32, InterpolationMode.BICUBIC))
+    assert torch.equal(batch["target"], resized(crops, 16, InterpolationMode.LANCZOS))
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.4])

@@ -27,6 +27,9 @@ class Codebook(nn.Module):
     and a checkpoint that one of them writes resumes all of them.
     """
 
+    anchor_VD: Tensor
+    counts_V: Tensor
+
     def __init__(self, vocab_size: int, width: int) -> None:
         super().__init__()
         self.delta_VD = nn.Parameter(torch.zeros(vocab_size, width))

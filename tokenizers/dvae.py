@@ -41,6 +41,9 @@ class DVAE(nn.Module):
         SettingError: for a stride that is no power of two, or fewer than two codes.
     """
 
+    pixel_mean_C11: Tensor
+    pixel_std_C11: Tensor
+
     def __init__(
         self, vocab_size: int, stride: int, in_channels: int, width: int = 64, code_width: int = 32, depth: int = 1
     ) -> None:
@@ -161,13 +164,13 @@ class DVAE(nn.Module):
         shape = (len(axes_KE), *self.patch_in.weight.shape[1:])
         for parameter in (*self.patch_in.parameters(), *self.patch_out.parameters()):
             parameter.zero_()
-        self.patch_in.weight[: len(axes_KE)] = (axes_KE * scale).view(shape)
-        self.patch_in.bias[: len(axes_KE)] = -(axes_KE @ mean_E) * scale
-        self.patch_out.weight[: len(axes_KE)] = (axes_KE / scale).view(shape)
-        self.patch_out.bias.copy_(mean_E.view(self.in_channels, -1).mean(1))
-        for branch in (self.encoder, self.decoder):
-            branch[-1].weight.zero_()
-            branch[-1].bias.zero_()
+        into, out = dict(self.patch_in.named_parameters()), dict(self.patch_out.named_parameters())
+        into["weight"][: len(axes_KE)] = (axes_KE * scale).view(shape)
+        into["bias"][: len(axes_KE)] = -(axes_KE @ mean_E) * scale
+        out["weight"][: len(axes_KE)] = (axes_KE / scale).view(shape)
+        out["bias"].copy_(mean_E.view(self.in_channels, -1).mean(1))
+        for last in (*self.encoder[-1].parameters(), *self.decoder[-1].parameters()):
+            last.zero_()
 
 
 class Residual(nn.Module):

@@ -53,6 +53,7 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     )  # fmt: skip
 
     def evaluate(_: object) -> list:
+        assert recipe.evaluate_on
         whole = ClassifyViews(views.image_size, None)
         held_out = ShardStream(open_index(recipe.evaluate_on), 256, shuffle=False, transform=whole, **ranks)
         return evaluate_tokenizer(dvae, held_out, accelerator.device)
