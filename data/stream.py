@@ -221,6 +221,6 @@ def pixels(index: Index, subset: NDArray[np.int64] | None = None) -> tuple[NDArr
         image, valid_B = batch["image"], batch["valid"]
         if not isinstance(image, torch.Tensor) or (rows and image[0].numel() != len(rows[0][0])):
             raise SettingError(f"{index.folder}: images differ in size; resize them to compare pixels")
-        rows.append(image[valid_B].flatten(1).numpy() / np.float32(255))
+        rows.append((image[valid_B].flatten(1).float() / 255).numpy())
         labels.append(batch["label"][valid_B].numpy())
     return np.concatenate(rows), np.concatenate(labels)

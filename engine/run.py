@@ -86,7 +86,7 @@ class Run:
             _append(self.folder / "records.jsonl", origin | dataclasses.asdict(record))
 
     def picture(self, step: int, image_HWC: np.ndarray | None) -> None:
-        """Saves samples/step-XXXXXXXX.png and shows it in TensorBoard."""
+        """Saves samples/step-00000123.png and shows it in TensorBoard."""
         if self.main and image_HWC is not None:
             from PIL import Image
 

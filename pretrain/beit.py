@@ -45,7 +45,9 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     target_size = views.target_size or backbone.mask_grid[0] * tokenizer.stride
     token_grid = (target_size // tokenizer.stride,) * 2
     grid = backbone.mask_grid
-    masks: MaskGenerator = RandomMasks(grid, mask.count) if mask.kind == "random" else BlockMasks(grid, mask.count, mask.min_block, mask.aspect)
+    masks: MaskGenerator = RandomMasks(grid, mask.count)
+    if mask.kind == "block":
+        masks = BlockMasks(grid, mask.count, mask.min_block, mask.aspect)
     head = TokenHead(backbone.embed_dim, tokenizer.vocab_size, mask.count)
     normalize = Normalize(tuple(views.mean or index.mean), tuple(views.std or index.std))
     objective = MaskedImageModeling(backbone, tokenizer, head, normalize, token_grid, accelerator.device)
