@@ -106,11 +106,14 @@ def transfer(source: Backbone, target: Backbone) -> None:
     Raises:
         CheckpointError: the bodies differ; names the first weights that do not fit.
     """
+    if source.num_depths != target.num_depths:
+        theirs, ours = source.num_depths - 2, target.num_depths - 2  # stem and head are depths of their own
+        raise CheckpointError(f"depth {theirs} in the pretrained backbone, {ours} here; set backbone.overrides.depth to {theirs}")
     given, wanted = source.state_dict(), target.state_dict()
-    shared = [name for name in given if name.startswith("rel_pos_bias.") and name not in wanted]
-    for name in shared:
-        table = given.pop(name)
-        given |= {other: table for other in wanted if other.endswith(f".attn.{name}")}
+    for name in [name for name in given if name.startswith("rel_pos_bias.") and name not in wanted]:
+        if blocks := [other for other in wanted if other.endswith(f".attn.{name}")]:
+            table = given.pop(name)
+            given |= dict.fromkeys(blocks, table)
     fresh = ("head", "head_dist", f"patch_embed.{MASK_TOKEN}", "patch_embed.dist_token")
     taken = {}
     for name, value in wanted.items():
@@ -125,4 +128,8 @@ def transfer(source: Backbone, target: Backbone) -> None:
                                   "give backbone.overrides the values it was pretrained with")  # fmt: skip
         else:
             taken[name] = given[name]
+    for name in given:
+        if name not in taken and not name.startswith(fresh):
+            raise CheckpointError(f"{name}: {tuple(given[name].shape)} in the pretrained backbone, nothing here; "
+                                  "give backbone.overrides the values it was pretrained with")  # fmt: skip
     target.load_state_dict(taken, strict=False)

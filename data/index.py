@@ -103,6 +103,22 @@ def open_index(path: str | Path) -> Index:
     return index
 
 
+def open_held_out(path: str | Path, training: Index, *, labelled: bool = False) -> Index:
+    """Opens an index to measure on, of the same kind of images as the training's.
+
+    Raises:
+        DataError: as `open_index` does.
+        SettingError: other channels, or with `labelled` other classes: label numbers would mean something else.
+    """
+    index = open_index(path)
+    if index.channels != training.channels:
+        raise SettingError(f"{path} has {index.channels} channels, the training data {training.channels}; pack both alike")
+    if labelled and index.classes != training.classes:
+        told = [f"{len(classes)} classes ({', '.join(classes[:3])} ...)" for classes in (index.classes, training.classes)]
+        raise SettingError(f"{path} has {told[0]}, the training data {told[1]}; both need the same sub-folders")
+    return index
+
+
 def draw_per_class(index: Index, count: int, seed: int, *, skip: int = 0) -> NDArray[np.int64]:
     """Samples `skip` to `skip + count` of each class in an order drawn by `seed`: disjoint draws have disjoint ranges.
 

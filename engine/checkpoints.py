@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import CheckpointError
+from mimetic.engine.runtime import disk_is_full
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,9 +38,9 @@ def save(accelerator: "Accelerator", folder: Path, step: int, state: dict[str, A
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
             _seal(temporary, state)
-    except Exception as error:  # torch and safetensors each have a kind of their own for a full disk
+    except Exception as error:
         free = shutil.disk_usage(folder).free
-        if not _disk_is_full(error):
+        if not disk_is_full(error):
             raise
         last = newest(folder)
         shutil.rmtree(temporary, ignore_errors=True)
@@ -117,12 +118,6 @@ def _point_last(folder: Path, target: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
-
-
-def _disk_is_full(error: Exception) -> bool:
-    words = str(error).lower()
-    known = ("no space left", "storagefull", "code: 28", "disk quota", "file too large", "failed writing file", "unexpected pos")
-    return any(word in words for word in known)
 
 
 def _sha256(path: Path) -> str:

@@ -135,9 +135,9 @@ def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], 
     torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # drop path and the like differ between ranks
     step, spent, bad = _resume(accelerator, invocation, run, stream)
     _announce(accelerator, title, recipe, plan, stream, step, invocation.out)
-    run.open(step)
     loop = _Loop(accelerator, model, objective, optimizer, stream, recipe, plan, run, step, spent, bad)
     try:
+        run.open(step)
         loop.walk(evaluate)
     finally:
         run.close()
@@ -218,9 +218,9 @@ class _Loop:
                 f"the loss is {values['loss']} at step {self.step}; lower optim.lr ({self.recipe.optim.lr}) or optim.clip, or use "
                 "train.precision fp32; checkpoints from before are kept"
             )
-        read = self.step * self.plan.samples_per_step
-        tolerated = self.recipe.data.max_bad
-        if self.bad > tolerated * max(read, self.stream.samples):  # a bad sample comes again in each epoch
+        read, tolerated = self.step * self.plan.samples_per_step, self.recipe.data.max_bad
+        epochs = math.ceil(read / (len(self.stream) * self.stream.global_batch))  # a bad sample comes again in each
+        if self.bad > tolerated * self.stream.samples * epochs + 1e-9:
             raise DataError(
                 f"{self.bad} of the {read} images read so far did not decode ({self.bad / read:.1%}), data.max_bad tolerates "
                 f"{tolerated:.1%} of the data; pack the images again, or raise it"

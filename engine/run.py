@@ -131,7 +131,9 @@ def _lock(folder: Path) -> IO[str]:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers inherit that, and outlive a killed process
     except OSError:
         file.seek(0)
-        raise LaunchError(f"{folder} is in use by process {file.read().strip()}; wait for it or end it, or use another --out") from None
+        holder = file.read().strip()
+        file.close()
+        raise LaunchError(f"{folder} is in use by process {holder}; wait for it or end it, or use another --out") from None
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()

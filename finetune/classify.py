@@ -27,7 +27,7 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
 
     import torch
 
-    from mimetic.data.index import draw_per_class, open_index
+    from mimetic.data.index import draw_per_class, open_held_out, open_index
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, ClassifyViews
     from mimetic.engine.loop import train
@@ -36,8 +36,9 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
     from mimetic.finetune.objectives import Distill, Mixing, Supervised
 
     torch.manual_seed(recipe.seed)
-    index, held_out = open_index(recipe.data.index), open_index(recipe.evaluation.index)
+    index = open_index(recipe.data.index)
     model, normalize = build_classifier(recipe, index)
+    held_out = open_held_out(recipe.evaluation.index, index, labelled=True)
     views, size = recipe.views, model.image_size[0]
     draws = [
         None if labels.per_class is None else draw_per_class(of, labels.per_class, labels.seed, skip=labels.skip)

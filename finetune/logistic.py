@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 from mimetic.engine.config import DataSettings, Invocation, parse
+from mimetic.engine.errors import SettingError
 from mimetic.engine.run import Record, Run
 from mimetic.engine.runtime import run_entry
 from mimetic.finetune.recipe import EvaluationSettings, LabelSettings
@@ -42,15 +43,22 @@ def fit(invocation: Invocation[LogisticRecipe]) -> None:
     """Fits, measures and records."""
     from sklearn.linear_model import LogisticRegression
 
-    from mimetic.data.index import draw_per_class, open_index
+    from mimetic.data.index import draw_per_class, open_held_out, open_index
     from mimetic.data.stream import pixels
 
     recipe, started = invocation.recipe, time.perf_counter()
     drawn = []
-    for index, labels in ((open_index(recipe.data.index), recipe.labels), (open_index(recipe.evaluation.index), recipe.evaluation.labels)):
+    training = open_index(recipe.data.index)
+    if not training.classes:
+        raise SettingError(f"{training.folder} has no labels; pack a tree with a sub-folder for each class")
+    held_out = open_held_out(recipe.evaluation.index, training, labelled=True)
+    for index, labels in ((training, recipe.labels), (held_out, recipe.evaluation.labels)):
         subset = None if labels.per_class is None else draw_per_class(index, labels.per_class, labels.seed, skip=labels.skip)
         drawn.append(pixels(index, subset))
     (train_ND, train_N), (test_ND, test_N) = drawn
+    if train_ND.shape[1] != test_ND.shape[1]:
+        raise SettingError(f"images of {held_out.folder} have {test_ND.shape[1]} pixels, those of {training.folder} {train_ND.shape[1]}; "
+                           "resize them to compare pixels")  # fmt: skip
     print(f"{recipe.arm} on {len(train_N):,} labelled images", flush=True)
     model = LogisticRegression(max_iter=recipe.max_iter).fit(train_ND, train_N)
     value = float((model.predict(test_ND) == test_N).mean())

@@ -90,10 +90,16 @@ class Distill(Supervised):
     The class token's head learns the label, the distillation token's head what the teacher says of the same augmented image.
     """
 
-    def __init__(self, model: Any, normalize: Normalize, mixing: Mixing, smoothing: float, teacher: nn.Module,
+    def __init__(self, model: Any, normalize: Normalize, mixing: Mixing, smoothing: float, teacher: Any,
                  teacher_normalize: Normalize, device: torch.device) -> None:  # fmt: skip
         if not getattr(model, "has_dist", False):
             raise SettingError("distill.teacher needs a backbone with a distillation token, such as deit_tiny_distilled_patch16_224")
+        theirs, ours = (
+            f"{net.config['num_classes']} classes, {net.config['in_channels']} channels, {'x'.join(map(str, net.image_size))} pixels"
+            for net in (teacher, model)
+        )
+        if theirs != ours:
+            raise SettingError(f"distill.teacher was trained for {theirs}, the student is for {ours}; train a teacher on the same data")
         super().__init__(model, normalize, mixing, smoothing)
         self._teacher = frozen(nn.Sequential(_Between(normalize, teacher_normalize), teacher), device)
 

@@ -26,23 +26,31 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
 
     from mimetic.backbones.catalog import create_backbone
     from mimetic.backbones.files import save_backbone
-    from mimetic.data.index import open_index
+    from mimetic.data.index import open_held_out, open_index
     from mimetic.data.masks import BlockMasks, MaskGenerator, RandomMasks
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, Normalize, PretrainViews
+    from mimetic.engine.errors import SettingError
     from mimetic.engine.loop import train
     from mimetic.pretrain.evaluate import masked_accuracy
     from mimetic.pretrain.mim import MaskedImageModeling, TokenHead
     from mimetic.tokenizers.files import open_tokenizer
 
     index = open_index(recipe.data.index)
+    held_out = open_held_out(recipe.evaluate_on, index) if recipe.evaluate_on else index
     tokenizer = open_tokenizer(recipe.tokenizer.path)
+    if tokenizer.in_channels != index.channels:
+        raise SettingError(f"the tokenizer {recipe.tokenizer.path} reads images of {tokenizer.in_channels} channels, those of "
+                           f"{recipe.data.index} have {index.channels}; train a tokenizer on them")  # fmt: skip
     settings, views, mask = recipe.backbone, recipe.views, recipe.mask
     torch.manual_seed(recipe.seed)
     backbone = create_backbone(
         settings.name, image_size=settings.image_size, in_channels=index.channels, **{"global_pool": "token"} | settings.overrides
     )
     target_size = views.target_size or backbone.mask_grid[0] * tokenizer.stride
+    if target_size % tokenizer.stride:
+        raise SettingError(f"views.target_size {target_size} is no multiple of the tokenizer's stride {tokenizer.stride}; use "
+                           f"{backbone.mask_grid[0] * tokenizer.stride}")  # fmt: skip
     token_grid = (target_size // tokenizer.stride,) * 2
     grid = backbone.mask_grid
     masks: MaskGenerator = RandomMasks(grid, mask.count)
@@ -57,10 +65,9 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=training, **ranks)
 
     def evaluate(_: object) -> list:
-        assert recipe.evaluate_on
         plain = PretrainViews(backbone.image_size[0], target_size, Augmentation((1.0, 1.0), flip=0.0), masks)
-        held_out = ShardStream(open_index(recipe.evaluate_on), 256, shuffle=False, transform=plain, **ranks)
-        return masked_accuracy(objective, held_out, accelerator.device)
+        batches = ShardStream(held_out, 256, shuffle=False, transform=plain, **ranks)
+        return masked_accuracy(objective, batches, accelerator.device)
 
     title = f"BEiT pretraining of {settings.name} ({sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters) without labels"
     train(objective, stream, invocation=invocation, kind="pretrain", accelerator=accelerator, title=title,

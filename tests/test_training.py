@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from oracles import masked_beit, perturb_, transformers_weights, worst
@@ -37,13 +38,14 @@ from tinyruns import (
 from torch import Tensor, nn
 
 from mimetic.backbones.catalog import create_backbone
-from mimetic.backbones.files import load_backbone
+from mimetic.backbones.files import load_backbone, transfer
 from mimetic.data.views import Normalize
 from mimetic.engine.checkpoints import newest
 from mimetic.engine.config import OptimSettings
-from mimetic.engine.errors import SettingError
+from mimetic.engine.errors import CheckpointError, SettingError
 from mimetic.engine.optim import adamw, learning_rate, parameter_groups, set_learning_rate
 from mimetic.engine.run import _lock
+from mimetic.export.backbone import export_backbone
 from mimetic.finetune.objectives import Distill, Mixing, Supervised, _Between
 from mimetic.pretrain.mim import MaskedImageModeling, TokenHead, gather_hidden
 from mimetic.tokenizers.dvae import DVAE
@@ -366,3 +368,138 @@ def same_end(run: Path, other: Path) -> None:
     assert [line["step"] for line in lines(run)] == list(range(1, 61))
     assert losses(run) == losses(other)
     assert not list((run / "checkpoints").glob(".step*"))
+
+
+# From pretraining to classifiers, and out of the house
+
+
+def built(name: str = "vit_tiny_patch16_224", classes: int = 0, seed: int = 0, **overrides) -> nn.Module:
+    return perturb_(create_backbone(name, classes, 16, 1, **TINY | overrides), seed=seed)
+
+
+def test_a_pretrained_body_moves_into_a_classifier():
+    source, target = built(), built(classes=5, seed=1)
+    head = target.head.weight.clone()
+    transfer(source, target)
+    image_BCHW = torch.randn(2, 1, 16, 16)
+    assert torch.equal(source.eval().forward_features(image_BCHW).cls_BD, target.eval().forward_features(image_BCHW).cls_BD)
+    assert torch.equal(target.head.weight, head), "the classifier is the target's own"
+
+
+def test_a_pretrained_body_moves_beside_a_distillation_token():
+    source, target = built(), built("deit_tiny_distilled_patch16_224", classes=5, seed=1)
+    fresh = {name: target.state_dict()[name].clone() for name in ("patch_embed.dist_token", "head.weight", "head_dist.weight")}
+    position_D = target.patch_embed.pos_embed[0, 1].clone()
+    transfer(source, target)
+    assert torch.equal(target.patch_embed.pos_embed[0, [0, *range(2, 18)]], source.patch_embed.pos_embed[0])
+    assert torch.equal(target.patch_embed.pos_embed[0, 1], position_D)
+    assert all(torch.equal(target.state_dict()[name], value) for name, value in fresh.items())
+    assert torch.equal(target.blocks[1].mlp.fc1.weight, source.blocks[1].mlp.fc1.weight)
+
+
+def test_a_shared_bias_table_becomes_one_in_each_block():
+    pooled = {"global_pool": "token"}
+    source = built("beit_base_patch16_224", use_shared_rel_pos_bias=True, **pooled)
+    target = built("beit_base_patch16_224", classes=5, seed=1, **pooled)
+    transfer(source, target)
+    image_BCHW = torch.randn(2, 1, 16, 16)
+    found, wanted = (net.eval().forward_features(image_BCHW).map_BDhw for net in (target, source))
+    assert worst(found, wanted) < 1e-5
+    tables = [block.attn.rel_pos_bias.relative_position_bias_table for block in target.blocks]
+    assert tables[0] is not tables[1]
+    assert all(torch.equal(table, source.rel_pos_bias.relative_position_bias_table) for table in tables)
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        ({}, {"depth": 3}, r"depth 2 in the pretrained backbone, 3 here; set backbone\.overrides\.depth to 2"),
+        ({"depth": 3}, {}, r"depth 3 in the pretrained backbone, 2 here; set backbone\.overrides\.depth to 3"),
+        ({}, {"embed_dim": 48}, r"\(1, 1, 32\) in the pretrained backbone, \(1, 1, 48\) here; give backbone\.overrides"),
+        ({"init_values": 0.1}, {}, r"gamma_1: \(32,\) in the pretrained backbone, nothing here"),
+        ({}, {"init_values": 0.1}, r"gamma_1: nothing in the pretrained backbone, \(32,\) here"),
+    ],
+)
+def test_a_body_of_another_shape_is_refused_with_both(source, target, message):
+    target = built(classes=5, seed=1, **target)
+    before = {name: value.clone() for name, value in target.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        transfer(built(**source), target)
+    assert all(torch.equal(value, before[name]) for name, value in target.state_dict().items())
+
+
+BEIT = {"use_shared_rel_pos_bias": True, "use_rel_pos_bias": False, "global_pool": "token", "init_values": 0.1}
+
+
+@pytest.fixture(scope="module")
+def beit_run(world, tmp_path_factory) -> Path:
+    """Pretrained with one bias table for all blocks, as BEiT is."""
+    out = tmp_path_factory.mktemp("runs") / "beit"
+    return run_here("beit", beit_arguments(world, out, train__steps=4, backbone__name="beit_base_patch16_224", overrides=BEIT))
+
+
+def checkpointed(run: Path, prefix: str, **arguments) -> nn.Module:
+    """The backbone as the last checkpoint has it, built without what the run exported."""
+    name = arguments.pop("name", "vit_tiny_patch16_224")
+    model = create_backbone(name, image_size=16, in_channels=1, **TINY | arguments)
+    weights = load_file(run / "checkpoints/last/model.safetensors")
+    model.load_state_dict({name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)})
+    return model.eval()
+
+
+def exported(run: Path, out: Path, to: str = "timm") -> str:
+    """Exports, and runs the lines that were printed; returns them."""
+    with contextlib.redirect_stdout(io.StringIO()) as said:
+        export_backbone(run, out, to)
+    snippet = said.getvalue().partition("open it with:\n\n")[2]
+    exec(snippet, names := {})
+    assert names["features"].isfinite().all()
+    return snippet
+
+
+@torch.no_grad()
+def check_export(run: Path, out: Path, trained: nn.Module) -> None:
+    assert "timm.create_model" in exported(run, out)
+    theirs, image_BCHW = timm.create_model(f"local-dir:{out}", pretrained=True).eval(), torch.randn(3, 1, 16, 16)
+    assert worst(theirs(image_BCHW), trained(image_BCHW)) < 1e-4
+    assert worst(load_backbone(out)(image_BCHW), trained(image_BCHW)) < 1e-4
+
+
+def test_a_pretrained_run_is_exported_to_timm_and_safetensors(pretrained, tmp_path):
+    trained = checkpointed(pretrained, "backbone.")
+    check_export(pretrained, tmp_path / "timm", trained)
+    assert "mimetic.load_backbone" in exported(pretrained, tmp_path / "plain", "safetensors")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "plain" / name).read_bytes() == (tmp_path / "timm" / name).read_bytes()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("mine")
+    with pytest.raises(SettingError, match="mine exists and is no exported backbone; give a new folder"):
+        export_backbone(pretrained, tmp_path / "mine", "safetensors")
+    with pytest.raises(CheckpointError, match=r"nowhere: no backbone there .* give a finished run or an exported folder"):
+        export_backbone(tmp_path / "nowhere", tmp_path / "out", "safetensors")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_shared_bias_is_exported_and_fine_tuned(world, beit_run, tmp_path, monkeypatch):
+    monkeypatch.setattr("mimetic.export.backbone._run_snippet", lambda _: None)  # `exported` runs it
+    check_export(beit_run, tmp_path / "pretrained", checkpointed(beit_run, "backbone.", name="beit_base_patch16_224", **BEIT))
+    fine = {"init_values": 0.1, "head_init_scale": 1.0}  # BEiT's own: mean pooling, a table in each block
+    arguments = classify_arguments(
+        world, tmp_path / "fine", train__steps=4, backbone__name="beit_base_patch16_224", overrides=fine, init__path=beit_run,
+        optim__layer_decay=0.65,
+    )  # fmt: skip
+    run = run_here("classify", arguments)
+    trained = checkpointed(run, "model.", name="beit_base_patch16_224", num_classes=4, **fine)
+    check_export(run, tmp_path / "exported", trained)
+
+
+def test_a_distilled_run_is_exported(world, pretrained, tmp_path, monkeypatch):
+    """The teacher is a ViT with mean pooling; both are taken away."""
+    monkeypatch.setattr("mimetic.export.backbone._run_snippet", lambda _: None)
+    pooled = {"global_pool": "avg", "class_token": False}
+    teacher = run_here("classify", classify_arguments(world, tmp_path / "teacher", train__steps=4, overrides=pooled))
+    check_export(teacher, tmp_path / "exported-teacher", checkpointed(teacher, "model.", num_classes=4, **pooled))
+    name = "deit_tiny_distilled_patch16_224"
+    arguments = classify_arguments(world, tmp_path / "student", train__steps=4, backbone__name=name, distill__teacher=teacher)
+    student = run_here("classify", arguments)
+    check_export(student, tmp_path / "exported-student", checkpointed(student, "model.", name=name, num_classes=4))

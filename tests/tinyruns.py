@@ -104,8 +104,6 @@ def dvae_arguments(world: Path, out: Path, **changes: Any) -> list[str]:
 
 def run_here(kind: str, arguments: list[str]) -> Path:
     """Trains in this process: no start to pay for. Returns the run folder."""
-    from accelerate.state import AcceleratorState, GradientState
-
     from mimetic.finetune.classify import classify
     from mimetic.finetune.recipe import ClassifyRecipe
     from mimetic.pretrain.beit import pretrain
@@ -114,12 +112,19 @@ def run_here(kind: str, arguments: list[str]) -> Path:
     from mimetic.tokenizers.train_dvae import train_dvae
 
     recipe, work = {"beit": (BeitRecipe, pretrain), "classify": (ClassifyRecipe, classify), "dvae": (DvaeRecipe, train_dvae)}[kind]
-    torch.set_num_threads(1)
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate()
     invocation = parse(recipe, example="", argv=arguments)
     work(invocation)
     return invocation.out
+
+
+def reset_accelerate() -> None:
+    """Accelerate sets a process up once; here one process trains several times."""
+    from accelerate.state import AcceleratorState, GradientState
+
+    torch.set_num_threads(1)
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
 
 
 def golden() -> list[float]:

@@ -25,7 +25,7 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
 
     import torch
 
-    from mimetic.data.index import open_index
+    from mimetic.data.index import open_held_out, open_index
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, ClassifyViews
     from mimetic.engine.checkpoints import newest
@@ -36,6 +36,7 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
 
     torch.manual_seed(recipe.seed)
     index = open_index(recipe.data.index)
+    held_out = open_held_out(recipe.evaluate_on, index) if recipe.evaluate_on else index
     settings, views = recipe.dvae, recipe.views
     if views.image_size % settings.stride:
         raise SettingError(f"views.image_size {views.image_size} is no multiple of dvae.stride {settings.stride}; use "
@@ -53,10 +54,9 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     )  # fmt: skip
 
     def evaluate(_: object) -> list:
-        assert recipe.evaluate_on
         whole = ClassifyViews(views.image_size, None)
-        held_out = ShardStream(open_index(recipe.evaluate_on), 256, shuffle=False, transform=whole, **ranks)
-        return evaluate_tokenizer(dvae, held_out, accelerator.device)
+        batches = ShardStream(held_out, 256, shuffle=False, transform=whole, **ranks)
+        return evaluate_tokenizer(dvae, batches, accelerator.device)
 
     size = sum(p.numel() for p in dvae.parameters()) / 1e6
     title = f"dVAE tokenizer of {settings.vocab_size} codes, stride {settings.stride} ({size:.1f} M parameters), without labels"
