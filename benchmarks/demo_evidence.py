@@ -16,7 +16,7 @@ from pathlib import Path
 from statistics import mean, stdev
 
 DEMO, OUT = Path("runs/demo"), Path("runs/evidence")
-RATES = (5e-4, 1e-3, 2e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 ARMS = ("from_scratch", "distilled", "fine_tuned")
 VALIDATION = ["--evaluation.index", "runs/demo/shards/train", "--evaluation.metric", "validation_accuracy",
               "--evaluation.labels.per_class", "400", "--evaluation.labels.skip", "60"]  # fmt: skip
