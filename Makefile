@@ -13,7 +13,7 @@ demo: $(VENV)/.installed
 
 test: $(VENV)/.tested
 	$(BIN)/ruff check .
-	@rm -rf build && $(PIP) --no-deps --no-build-isolation --target build/typed . && rm -rf build/lib build/bdist*
+	@rm -rf build && $(PIP) --no-deps --target build/typed . && rm -rf build/lib build/bdist*
 	MYPYPATH=build/typed $(BIN)/mypy -p mimetic
 	$(BIN)/python -m pytest -n 2
 
@@ -24,13 +24,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'
 	@echo "setting up $(VENV): torch and the rest, about 5.6 GB, 3 to 5 minutes the first time"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	@$(PIP) setuptools torch torchvision
-	@$(PIP) --no-build-isolation --editable .
+	@$(PIP) torch torchvision
+	@$(PIP) --editable .
 	@touch $@
 
 $(VENV)/.tested: $(VENV)/.installed
 	@echo "adding what tests need: other people's models to hold ours against"
-	@$(PIP) --no-build-isolation --editable '.[test]'
+	@$(PIP) --editable '.[test]'
 	@touch $@
 
 clean:

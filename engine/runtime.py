@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+PATIENCE = 5  # seconds in which a launcher notices that a process has ended, and ends the others
 
 
 def run_entry(main: Callable[[], None]) -> None:
@@ -32,6 +33,9 @@ def run_entry(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _leave("interrupted; the same command goes on from the last checkpoint", 130)
     except Exception as error:
+        if "RANK" in os.environ and _peer_is_gone(error):
+            time.sleep(PATIENCE)  # the peer's own line says why; here the launcher ends this process, unless the peer was elsewhere
+            _leave("another process of this run has ended; the same command goes on from the last checkpoint", 1)
         if not disk_is_full(error):
             raise
         what = " ".join(str(error).split("\n")[0].split())
@@ -45,11 +49,15 @@ def disk_is_full(error: Exception) -> bool:
     return getattr(error, "errno", None) in DISK_FULL or any(word in words for word in known)
 
 
+def _peer_is_gone(error: Exception) -> bool:
+    return any(word in str(error).lower() for word in ("connection closed by peer", "connection reset by peer", "broken pipe"))
+
+
 def _leave(line: str, code: int) -> None:
     rank = int(os.environ.get("RANK", 0))
     sys.stdout.flush()
     if rank:
-        time.sleep(5)
+        time.sleep(PATIENCE)
     print(f"mimetic: error: {line}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         os._exit(code)  # a peer that waits in a collective must not keep this process from ending

@@ -1,5 +1,6 @@
 """Trainings of a few seconds: structured images in shards, a tokenizer seeded from them, a ViT of two blocks, and ways to run them."""
 
+import contextlib
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from mimetic.tokenizers.files import save_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 4
 TINY = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+MARK = "TINYRUN"
 PATIENCE = 120  # seconds that any process here may take; all of them need a few
 
 
@@ -147,13 +149,15 @@ def start(*command: str | Path, **options: Any) -> "subprocess.Popen[str]":
     """A process in a session of its own, one thread each, untouched by launchers of whoever runs the tests."""
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")}
-    environment = kept | {"OMP_NUM_THREADS": "1"} | options.pop("env", {})
-    words = [str(word) for word in command]
-    return subprocess.Popen(words, text=True, start_new_session=True, cwd=ROOT, env=environment, **options)
+    mark = f"{MARK}={os.getpid()}-{time.monotonic_ns()}"
+    environment = kept | {"OMP_NUM_THREADS": "1"} | options.pop("env", {}) | dict([mark.split("=")])
+    process = subprocess.Popen([str(word) for word in command], text=True, start_new_session=True, cwd=ROOT, env=environment, **options)
+    process.mark = mark.encode()  # type: ignore[attr-defined]  # all its descendants bear it, whatever session they are in
+    return process
 
 
 def finish(process: "subprocess.Popen[str]", patience: float = PATIENCE) -> "subprocess.CompletedProcess[str]":
-    """Waits, within bounds; ends the whole session if it takes longer."""
+    """Waits, within bounds; ends the process and its descendants if it takes longer."""
     try:
         out, err = process.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
@@ -169,21 +173,19 @@ def script(path: str, arguments: list[str], **options: Any) -> "subprocess.Compl
 
 
 def kill(process: "subprocess.Popen[str]") -> None:
-    """SIGKILL to every process of the session."""
+    """SIGKILL to the process and all its descendants."""
     for member in members(process):
-        os.kill(member, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
 
 
 def members(process: "subprocess.Popen[str]") -> list[int]:
-    """Ids of the living processes of the session that `start` opened."""
+    """Ids of what is alive of the process that `start` began, and of its descendants."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state, _, _, session = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
-        except OSError:  # gone since
-            continue
-        if int(session) == process.pid and state != "Z":
-            found.append(int(folder.name))
+        with contextlib.suppress(OSError):  # gone since, or not ours
+            if process.mark in (folder / "environ").read_bytes().split(b"\0"):  # type: ignore[attr-defined]
+                found.append(int(folder.name))
     return found
 
 
