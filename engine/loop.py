@@ -115,7 +115,7 @@ class Meter:
 
 
 def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], kind: str, accelerator: "Accelerator",
-          title: str, evaluate: Evaluate | None = None) -> Objective:  # fmt: skip
+          title: str, evaluate: Evaluate | None = None, shown: Mapping[str, Any] | None = None) -> Objective:  # fmt: skip
     """Trains to the end of the recipe, from the newest checkpoint of the run folder if there is one.
 
     Args:
@@ -124,6 +124,7 @@ def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], 
         kind: of the run, for its records: "pretrain", "classify", "tokenizer".
         title: what the first line says is going to happen.
         evaluate: measures the unwrapped objective; called on all ranks.
+        shown: the batch that pictures are made of, such as held-out images; the default is the training batch at hand.
 
     Returns:
         The unwrapped objective, trained; the run folder holds the rest.
@@ -135,7 +136,7 @@ def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], 
     torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # drop path and the like differ between ranks
     step, spent, bad = _resume(accelerator, invocation, run, stream)
     _announce(accelerator, title, recipe, plan, stream, step, invocation.out)
-    loop = _Loop(accelerator, model, objective, optimizer, stream, recipe, plan, run, step, spent, bad)
+    loop = _Loop(accelerator, model, objective, optimizer, stream, recipe, plan, run, step, spent, shown, bad)
     try:
         run.open(step)
         loop.walk(evaluate)
@@ -156,6 +157,7 @@ class _Loop:
     run: Run
     step: int
     spent: float  # seconds of training before this start
+    shown: Mapping[str, Any] | None
     bad: int = 0
 
     def walk(self, evaluate: Evaluate | None) -> None:
@@ -171,7 +173,7 @@ class _Loop:
                 self.log(meter, norm, seconds, clock)
                 meter = Meter()
             if plan.due(plan.picture_every, self.step) and self.accelerator.is_main_process:
-                self.run.picture(self.step, self.objective.pictures(batch))
+                self.run.picture(self.step, self.objective.pictures(_to_device(self.shown or batch, self.accelerator.device)))
             if evaluate and plan.due(plan.evaluate_every, self.step):
                 self.evaluate(evaluate, seconds)
                 clock = _Clock(self.step)
@@ -299,7 +301,7 @@ def _resume(accelerator: "Accelerator", invocation: Invocation[Any], run: Run, s
     return state["step"], state["seconds"], state["bad"]
 
 
-def _to_device(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
     return {
         name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
     }

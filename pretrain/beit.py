@@ -64,14 +64,15 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     training = PretrainViews(backbone.image_size[0], target_size, augmentation, masks)
     stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=training, **ranks)
 
+    plain = PretrainViews(backbone.image_size[0], target_size, Augmentation((1.0, 1.0), flip=0.0), masks)
+
     def evaluate(_: object) -> list:
-        plain = PretrainViews(backbone.image_size[0], target_size, Augmentation((1.0, 1.0), flip=0.0), masks)
         batches = ShardStream(held_out, 256, shuffle=False, transform=plain, **ranks)
         return masked_accuracy(objective, batches, accelerator.device)
 
     title = f"BEiT pretraining of {settings.name} ({sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters) without labels"
     train(objective, stream, invocation=invocation, kind="pretrain", accelerator=accelerator, title=title,
-          evaluate=evaluate if recipe.evaluate_on else None)  # fmt: skip
+          evaluate=evaluate if recipe.evaluate_on else None, shown=next(iter(ShardStream(held_out, 12, transform=plain))))  # fmt: skip
     if accelerator.is_main_process:
         out = invocation.out / "backbone"
         save_backbone(backbone, out, mean=normalize.mean_C11.flatten().tolist(), std=normalize.std_C11.flatten().tolist())

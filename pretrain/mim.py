@@ -18,7 +18,7 @@ from mimetic.engine.errors import SettingError
 from mimetic.engine.objective import Objective, StepOutput, frozen
 from mimetic.engine.pictures import contact_sheet
 
-SHOWN = 8
+SHOWN = 12
 
 
 class TokenHead(nn.Module):

@@ -53,15 +53,16 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
         dvae, settings.temperature, settings.final_temperature, settings.kl_weight, settings.restart_every
     )  # fmt: skip
 
+    whole = ClassifyViews(views.image_size, None)
+
     def evaluate(_: object) -> list:
-        whole = ClassifyViews(views.image_size, None)
         batches = ShardStream(held_out, 256, shuffle=False, transform=whole, **ranks)
         return evaluate_tokenizer(dvae, batches, accelerator.device)
 
     size = sum(p.numel() for p in dvae.parameters()) / 1e6
     title = f"dVAE tokenizer of {settings.vocab_size} codes, stride {settings.stride} ({size:.1f} M parameters), without labels"
     train(objective, stream, invocation=invocation, kind="tokenizer", accelerator=accelerator, title=title,
-          evaluate=evaluate if recipe.evaluate_on else None)  # fmt: skip
+          evaluate=evaluate if recipe.evaluate_on else None, shown=next(iter(ShardStream(held_out, 16, transform=whole))))  # fmt: skip
     if accelerator.is_main_process:
         save_tokenizer(dvae, invocation.out / "tokenizer")
         Run(invocation, "tokenizer").finish()
