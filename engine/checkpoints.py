@@ -43,28 +43,30 @@ def save(accelerator: "Accelerator", folder: Path, step: int, state: dict[str, A
         if not disk_is_full(error):
             raise
         last = newest(folder)
+        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"{final} cannot be written, the disk is full ({free >> 20} MiB free); the last good checkpoint is {last}; "
-            "free some space and give the same command"
+            f"{final} cannot be written, the disk is full ({free >> 20} MiB free); {kept}; free some space and give the same command"
         ) from None
     if accelerator.is_main_process:
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         _point_last(folder, final)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
+        for old in older[: max(0, len(older) - keep + 1)]:  # a later one that was passed over is no reason to drop this one
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
 
 
-def newest(folder: Path) -> Path | None:
-    """The newest checkpoint whose manifest holds; damaged ones are named and passed over."""
+def newest(folder: Path, *, tell: bool = True) -> Path | None:
+    """The newest checkpoint whose manifest holds; damaged ones are passed over and, with `tell`, named."""
     for path in sorted(folder.glob("step-*"), reverse=True):
         try:
             verify(path)
         except CheckpointError as error:
-            print(f"passing over a damaged checkpoint: {error}", flush=True)
+            if tell:
+                print(f"passing over a damaged checkpoint: {error}", flush=True)
             continue
         return path
     return None

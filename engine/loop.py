@@ -289,7 +289,7 @@ def _announce(accelerator: "Accelerator", title: str, recipe: Any, plan: Plan, s
 def _resume(accelerator: "Accelerator", invocation: Invocation[Any], run: Run, stream: Stream) -> tuple[int, float, int]:
     """Step, seconds and bad samples so far: all 0 for a fresh start."""
     folder = invocation.out / "checkpoints"
-    path = Path(invocation.resume) if invocation.resume else checkpoints.newest(folder)
+    path = Path(invocation.resume) if invocation.resume else checkpoints.newest(folder, tell=accelerator.is_main_process)
     if path is None:
         if invocation.resume is not None:
             raise CheckpointError(f"--resume: no valid checkpoint in {folder}; leave --resume out to start afresh")

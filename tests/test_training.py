@@ -18,6 +18,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from oracles import masked_beit, perturb_, transformers_weights, worst
 from safetensors.torch import load_file
 from tinyruns import (
@@ -40,7 +41,7 @@ from torch import Tensor, nn
 from mimetic.backbones.catalog import create_backbone
 from mimetic.backbones.files import load_backbone, transfer
 from mimetic.data.views import Normalize
-from mimetic.engine.checkpoints import newest
+from mimetic.engine.checkpoints import newest, save, verify
 from mimetic.engine.config import OptimSettings
 from mimetic.engine.errors import CheckpointError, SettingError
 from mimetic.engine.optim import adamw, learning_rate, parameter_groups, set_learning_rate
@@ -358,6 +359,16 @@ def test_a_killed_run_goes_on_to_the_same_bits(killed, uninterrupted, tmp_path):
     assert f"step-{step:08d}/optimizer.bin is missing or differs from what was written" in said.getvalue()
     assert f"going on after step {step - 5}\n" in said.getvalue()
     same_end(untouched, uninterrupted)
+
+
+def test_a_checkpoint_just_written_is_never_dropped_for_a_later_one_that_is_damaged(tmp_path):
+    (tmp_path / "step-00000050").mkdir()
+    accelerator = Accelerator(cpu=True)
+    for step in (44, 45, 46):
+        save(accelerator, tmp_path, step, {"step": step}, keep=2)
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000045", "step-00000046", "step-00000050"]
+    assert newest(tmp_path, tell=False).name == (tmp_path / "last").readlink().name == "step-00000046"
+    assert verify(tmp_path / "last") == {"step": 46}
 
 
 def same_end(run: Path, other: Path) -> None:

@@ -46,7 +46,7 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=augment, **ranks)
     dvae = DVAE(settings.vocab_size, settings.stride, index.channels, settings.width, settings.code_width, settings.depth)
     dvae.to(accelerator.device)
-    if newest(invocation.out / "checkpoints") is None:  # the same images on every rank and world
+    if newest(invocation.out / "checkpoints", tell=False) is None:  # the same images on every rank and world
         first = ShardStream(index, min(settings.seed_images, len(index)), seed=recipe.seed, transform=augment)
         dvae.seed_codebook(next(iter(first))["image"].to(accelerator.device).float() / 255, recipe.seed)
     objective = DVAEObjective(

@@ -32,6 +32,7 @@ from tinyruns import (
 
 from mimetic.engine.checkpoints import newest
 
+pytestmark = pytest.mark.timeout(900)  # DeepSpeed compiles its communication on the first start
 BIN = Path(sys.executable).parent
 ACCELERATE = [BIN / "accelerate", "launch"]
 LAUNCHERS: dict[str, list[Path | str]] = {
@@ -50,7 +51,7 @@ def launch(launcher: str, *command: str | Path, **options) -> "subprocess.Popen[
 def launched(launcher: str, *command: str | Path) -> "subprocess.CompletedProcess[str]":
     """To its end; nothing may be left of it a moment later."""
     process = launch(launcher, *command)
-    done = finish(process)
+    done = finish(process, 240)
     wait_until(lambda: not members(process), 20)
     return done
 
@@ -126,8 +127,8 @@ def test_zero1_goes_on_after_a_kill(world, runs, tmp_path):
     done = launched("zero1", "pretrain/beit.py", *arguments)
     assert done.returncode == 0, done.stderr
     assert f"going on after step {step}\n" in done.stdout
-    assert losses(tmp_path / "run") == pytest.approx(losses(runs["zero1"]), abs=1e-6)
-    assert difference(tmp_path / "run", runs["zero1"]) < 1e-6
+    assert losses(tmp_path / "run") == losses(runs["zero1"])
+    assert difference(tmp_path / "run", runs["zero1"]) == 0
 
 
 def test_a_checkpoint_of_two_processes_is_not_resumed_by_one(world, runs, tmp_path):
