@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +47,7 @@ def demo(out: Path, budget: str) -> None:
     small = budget == "small"
     runs = out / "small" if small else out
     stages = list(plan(out, runs, small))
-    print(f"mimetic demo: {len(stages)} stages on Fashion-MNIST, {'2' if small else 'about 15'} minutes on two cores, all in {out}")
+    print(f"mimetic demo: {len(stages)} stages on Fashion-MNIST, {'2' if small else 'about 14'} minutes on two cores, all in {out}")
     print("60,000 images without labels train a tokenizer and pretrain a small ViT; 600 labels then train five classifiers.")
     print("Stop it whenever you like: the same command goes on from there.", flush=True)
     out.mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,8 @@ def demo(out: Path, budget: str) -> None:
         print(f"$ {shlex.join(stage.command)}", flush=True)
         _run(stage)
     print(f"\ndone in {(time.perf_counter() - started) / 60:.1f} minutes")
-    print((out / "report.md").read_text().split("\n\n")[1])
+    blocks = (out / "report.md").read_text().split("\n\n")
+    print("\n\n".join(block for block in blocks if block.startswith(("**", "| Arm"))))
     print(f"the comparison: {out}/report.html\nthe pretrained backbone: {runs}/exported (mimetic.load_backbone, or timm's local-dir:)")
 
 
@@ -112,15 +113,20 @@ def _run(stage: Stage) -> None:
         recipe = arguments.index("--config") + 1
         arguments[recipe] = str(RECIPES / Path(arguments[recipe]).name)
         command = [sys.executable, "-m", "mimetic." + script.removesuffix(".py").replace("/", "."), *arguments]
-    code = subprocess.run(command, check=False, preexec_fn=_end_with_parent if sys.platform == "linux" else None).returncode
+    code = subprocess.run(command, check=False, preexec_fn=_ends_with(os.getpid())).returncode
     if code == -signal.SIGINT or code == 130:
         raise KeyboardInterrupt
     if code:
         raise MimeticError(f"the stage {stage.title!r} ended with code {code}; mend what it says and give the same command again")
 
 
-def _end_with_parent() -> None:
-    # A demo killed outright must not leave a training behind that writes into the same folder: PR_SET_PDEATHSIG.
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-    if os.getppid() == 1:
-        os._exit(1)
+def _ends_with(parent: int) -> Callable[[], None] | None:
+    """A demo killed outright must not leave a training behind that writes into the same folder: PR_SET_PDEATHSIG."""
+
+    def ask() -> None:
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before it could be asked
+            os._exit(1)
+
+    return ask if sys.platform == "linux" else None

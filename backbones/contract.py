@@ -103,7 +103,7 @@ class Backbone(nn.Module, ABC):
         """Keywords with which `timm.create_model(config["name"], ...)` builds this net's equal."""
         if not self.config:
             raise SettingError("a backbone built without the catalog has no timm name; use create_backbone(name, ...)")
-        overrides: dict[str, Any] = self.config["overrides"]
+        overrides = {name: value for name, value in self.config["overrides"].items() if name not in ONLY_OURS}
         return {"img_size": self.image_size, "in_chans": self.in_channels, "num_classes": self.num_classes} | overrides
 
     def timm_state_dict(self) -> dict[str, Tensor]:

@@ -19,6 +19,8 @@ from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import CheckpointError, MimeticError
 
 WEIGHTS = "model.safetensors"
+MASK = "mask_token.safetensors"  # timm's models have none, and its strict loading would refuse it among the weights
+FILES = {"config.json", WEIGHTS, MASK}
 
 
 def save_backbone(backbone: Backbone, folder: Path, *, mean: Sequence[float], std: Sequence[float],
@@ -35,6 +37,7 @@ def save_backbone(backbone: Backbone, folder: Path, *, mean: Sequence[float], st
     temporary.mkdir(parents=True)
     state = {name: value.detach().cpu().contiguous() for name, value in backbone.timm_state_dict().items()}
     save_file(state, temporary / WEIGHTS)
+    save_file({MASK_TOKEN: backbone.mask_token.detach().cpu().contiguous()}, temporary / MASK)
     height, width = backbone.image_size
     config = {
         "architecture": backbone.config["name"],
@@ -79,6 +82,7 @@ def load_backbone(path: str | Path) -> Backbone:
         overrides = arguments.pop("overrides")
         backbone = create_backbone(**arguments, **overrides)
         backbone.load_timm_state_dict(load_file(folder / WEIGHTS))
+        backbone.mask_token.data.copy_(load_file(folder / MASK)[MASK_TOKEN])
     except MimeticError:
         raise
     except Exception as error:
@@ -87,15 +91,11 @@ def load_backbone(path: str | Path) -> Backbone:
 
 
 def copy_backbone(folder: Path, out: Path) -> None:
-    """Copies the two files of a backbone's folder; `out` appears whole or not at all."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.writing")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    for name in ("config.json", WEIGHTS):
-        shutil.copyfile(folder / name, temporary / name)
+    """Copies the files of a backbone's folder to a new folder."""
     shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
+    out.mkdir(parents=True)
+    for name in FILES:
+        shutil.copyfile(folder / name, out / name)
 
 
 def transfer(source: Backbone, target: Backbone) -> None:

@@ -338,6 +338,8 @@ def sincos_positions(grid: Grid, width: int) -> Tensor:
 
 def _pair(size: int | Sequence[int]) -> Grid:
     height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise SettingError(f"a side of {min(height, width)} pixels cannot be; image_size and patch_size are 1 or more")
     return int(height), int(width)
 
 
@@ -349,7 +351,7 @@ def _grid(image: Grid, patch: Grid) -> Grid:
 
 
 def _refuse_contradictions(width: int, heads: int, pool: str, cls: bool, dist: bool, relative: bool) -> None:
-    if width % heads:
+    if heads < 1 or width < 1 or width % heads:
         raise SettingError(f"embed_dim {width} is no multiple of num_heads {heads}")
     if pool not in ("token", "avg"):
         raise SettingError(f'global_pool must be "token" or "avg", not "{pool}"')

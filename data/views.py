@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from mimetic.data.masks import MaskGenerator
 from mimetic.data.randomness import mix, uniform
+from mimetic.engine.errors import SettingError
 
 CROP, FLIP, JITTER, SHIFT, MASK = range(5)  # what a draw is for: each has its own stream of numbers
 ATTEMPTS = 10
@@ -146,8 +147,20 @@ class Normalize(nn.Module):
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         super().__init__()
+        if len(mean) != len(std):
+            raise SettingError(f"views.mean has {len(mean)} values, views.std has {len(std)}; give one a channel")
         self.register_buffer("mean_C11", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std_C11", torch.tensor(std)[:, None, None], persistent=False)
+
+    def for_channels(self, channels: int) -> "Normalize":
+        """Itself, once it is sure that images of so many channels fit.
+
+        Raises:
+            SettingError: they do not; both numbers are named.
+        """
+        if len(self.mean_C11) != channels:
+            raise SettingError(f"views.mean has {len(self.mean_C11)} values, images have {channels} channels; give one a channel")
+        return self
 
     def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         """float32 BCHW."""

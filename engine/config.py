@@ -115,6 +115,9 @@ class OptimSettings:
             raise SettingError(f"optim.lr is {self.lr}; it must be above 0")
         if not 0 <= self.warmup < 1:
             raise SettingError(f"optim.warmup is {self.warmup}; it is a share of the training, in [0, 1)")
+        for name in ("beta1", "beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingError(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
         if not 0 < self.layer_decay <= 1:
             raise SettingError(f"optim.layer_decay is {self.layer_decay}; it must be in (0, 1]")
 

@@ -11,11 +11,11 @@ import torch
 
 from mimetic.engine import checkpoints
 from mimetic.engine.config import Invocation, recipe_dict
-from mimetic.engine.errors import CheckpointError, DataError, MimeticError, SettingError
+from mimetic.engine.errors import CheckpointError, DataError, LaunchError, MimeticError, SettingError
 from mimetic.engine.objective import Objective, StepOutput
 from mimetic.engine.optim import adamw, learning_rate, set_learning_rate
 from mimetic.engine.run import Record, Run
-from mimetic.engine.runtime import add_up, engine_name
+from mimetic.engine.runtime import add_up, engine_name, same_on_all_ranks
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -77,8 +77,11 @@ class Plan:
         return step % every == 0 or step == self.steps
 
     def logs(self, step: int) -> bool:
-        """The first step and the tenth too: they tell at once whether and how fast it learns."""
-        return step in (1, 10) or self.due(self.log_every, step)
+        """The first step and the tenth too: they tell at once whether and how fast it learns.
+
+        Before each checkpoint as well: what is saved has been seen to be finite, and a resumed run logs the same means.
+        """
+        return step in (1, 10) or self.due(self.log_every, step) or self.due(self.checkpoint_every, step)
 
 
 @dataclass
@@ -172,6 +175,7 @@ class _Loop:
             if plan.logs(self.step):
                 self.log(meter, norm, seconds, clock)
                 meter = Meter()
+            paused = time.perf_counter()
             if plan.due(plan.picture_every, self.step) and self.accelerator.is_main_process:
                 self.run.picture(self.step, self.objective.pictures(_to_device(self.shown or batch, self.accelerator.device)))
             if evaluate and plan.due(plan.evaluate_every, self.step):
@@ -179,6 +183,7 @@ class _Loop:
                 clock = _Clock(self.step)
             if plan.due(plan.checkpoint_every, self.step):
                 self.checkpoint(seconds)
+            meter.since += time.perf_counter() - paused
 
     def one_step(self, batches: Iterator[dict[str, Any]], meter: Meter) -> tuple[Mapping[str, Any], Any]:
         """One optimizer step of `accumulate` micro-batches; returns the last batch and the gradient's norm."""
@@ -230,6 +235,7 @@ class _Loop:
 
     def evaluate(self, evaluate: Evaluate, seconds: float) -> None:
         """Records what `evaluate` measures, beside step, samples, seconds and parameters."""
+        same_on_all_ranks(self.objective.buffers())  # BatchNorm's statistics are each rank's own; rank 0's are what is saved
         self.objective.eval()
         with torch.no_grad():
             records = evaluate(self.objective)
@@ -290,15 +296,25 @@ def _resume(accelerator: "Accelerator", invocation: Invocation[Any], run: Run, s
     """Step, seconds and bad samples so far: all 0 for a fresh start."""
     folder = invocation.out / "checkpoints"
     path = Path(invocation.resume) if invocation.resume else checkpoints.newest(folder, tell=accelerator.is_main_process)
+    state = checkpoints.verify(path) if path else {"step": 0}
+    _agree(accelerator, state["step"])
     if path is None:
         if invocation.resume is not None:
             raise CheckpointError(f"--resume: no valid checkpoint in {folder}; leave --resume out to start afresh")
         return 0, 0.0, 0
-    state = checkpoints.verify(path)
     run.check_same_recipe(state["recipe"], path)
     stream.load_state_dict(state["stream"])
     checkpoints.load(accelerator, path, state, engine_name(accelerator))
     return state["step"], state["seconds"], state["bad"]
+
+
+def _agree(accelerator: "Accelerator", step: int) -> None:
+    """All ranks must go on from the same checkpoint: a folder that only some of them see would mix gradients of different steps."""
+    steps = torch.zeros(accelerator.num_processes, device=accelerator.device)
+    steps[accelerator.process_index] = step
+    found = [int(step) for step in add_up(steps).tolist()]
+    if len(set(found)) > 1:
+        raise LaunchError(f"the processes see different checkpoints (steps {found}); the run folder must be on a disk that all share")
 
 
 def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import numpy as np
 import yaml
 
 from mimetic.engine.config import Invocation, flatten, recipe_dict, recipe_hash, write_atomically
-from mimetic.engine.errors import CheckpointError, LaunchError
+from mimetic.engine.errors import CheckpointError, LaunchError, SettingError
 
 # Settings that change no number of the training: a checkpoint may be continued under others.
 HARMLESS = ("data.workers", "data.max_bad", "train.log_every", "train.checkpoint_every", "train.keep", "train.picture_every",
@@ -61,7 +61,10 @@ class Run:
         """Creates the folder, or continues it: lines of metrics after `step` belong to work that a kill undid."""
         if not self.main:
             return
-        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        try:
+            (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            raise SettingError(f"--out {self.folder}: {error.strerror}; give a folder that can be written") from None
         self._lock = _lock(self.folder)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(recipe_dict(self.recipe), sort_keys=False))
         for name in ("metrics.jsonl", "records.jsonl"):
@@ -154,9 +157,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def git_revision() -> str:
-    """The code's git revision, with a plus sign when it has been changed since; "unknown" outside a checkout."""
-    asked = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--abbrev=12"]
-    found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    """The code's git revision, with a plus sign when it has been changed since; "unknown" without git or outside a checkout."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # an installed copy may lie inside somebody else's repository
+        return "unknown"
+    asked = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--abbrev=12"]
+    try:
+        found = subprocess.run(asked, capture_output=True, text=True, check=False)
+    except OSError:
+        return "unknown"
     return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 

@@ -1,12 +1,14 @@
 """Starting up: processes, devices and precision through Accelerate; ending: one clear line for what the user can cure."""
 
+import ctypes
 import errno
 import logging
 import os
+import signal
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from mimetic.engine.config import OptimSettings, TrainSettings
@@ -71,6 +73,7 @@ def start(train: TrainSettings, optim: OptimSettings, batch_size: int) -> "Accel
         LaunchError: the processes that exist are not those that the launcher announced.
     """
     _quiet()
+    _end_with_launcher()
     # OpenMP's threads spin while they wait for each other. On a CPU that they share with a worker or another program, the one
     # that is missing then waits for those that spin: small steps ran ten times slower. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -100,13 +103,24 @@ def start(train: TrainSettings, optim: OptimSettings, batch_size: int) -> "Accel
     _check_world(accelerator, announced)
     plugin = accelerator.state.deepspeed_plugin
     if plugin is not None:
-        if plugin.zero_stage == 3:
-            raise LaunchError("ZeRO stage 3 is not supported yet; use launch/accelerate/zero1.yaml")
+        if plugin.zero_stage != 1:
+            raise LaunchError(f"ZeRO stage {plugin.zero_stage} is not supported yet; use launch/accelerate/zero1.yaml")
+        if train.precision != "fp32":
+            # DeepSpeed would cast parameters and leave inputs and buffers as they are, where autocast is meant.
+            raise LaunchError(f"train.precision {train.precision} does not run under DeepSpeed yet; use fp32 or ddp.yaml")
         plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
         plugin.deepspeed_config["gradient_accumulation_steps"] = train.accumulate
         plugin.deepspeed_config["gradient_clipping"] = optim.clip
         plugin.deepspeed_config["steps_per_print"] = 1 << 62
     return accelerator
+
+
+def _end_with_launcher() -> None:
+    """A launcher that is killed outright must not leave its processes behind, training into the same folder (Linux)."""
+    launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
+    if launched and sys.platform == "linux":
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def engine_name(accelerator: "Accelerator") -> str:
@@ -125,6 +139,15 @@ def add_up(tensor: "torch.Tensor") -> "torch.Tensor":
         tensor = tensor.clone()
         torch.distributed.all_reduce(tensor)
     return tensor
+
+
+def same_on_all_ranks(tensors: "Iterable[torch.Tensor]") -> None:
+    """Gives every process the first one's values, in place."""
+    import torch.distributed
+
+    if torch.distributed.is_initialized():
+        for tensor in tensors:
+            torch.distributed.broadcast(tensor, 0)
 
 
 def _check_world(accelerator: Any, announced: int) -> None:

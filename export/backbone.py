@@ -1,5 +1,7 @@
 """Takes a backbone away: written in timm's own schema, and compared with what was trained before the folder is named."""
 
+import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mimetic.backbones.contract import Backbone
-from mimetic.backbones.files import backbone_folder, copy_backbone, load_backbone
+from mimetic.backbones.files import FILES, backbone_folder, copy_backbone, load_backbone
 from mimetic.engine.errors import CheckpointError, SettingError
 
 TOLERANCE = 1e-4
@@ -39,20 +41,24 @@ def export_backbone(run: Path, out: Path, to: str) -> None:
         SettingError: `out` exists and is no exported backbone; timm is asked for but not installed.
     """
     folder = backbone_folder(run)
-    if out.exists() and any(out.iterdir()) and not (out / "config.json").exists():
-        raise SettingError(f"{out} exists and is no exported backbone; give a new folder")
+    _refuse_foreign(out)
+    if to == "timm" and importlib.util.find_spec("timm") is None:
+        raise SettingError("--to timm opens the folder with timm to check it; pip install timm, or use --to safetensors")
     trained = load_backbone(folder)
     print(f"exporting {trained.config['name']} of {run} to {out} in timm's schema", flush=True)
-    copy_backbone(folder, out)
+    unchecked = out.with_name(f".{out.name}.unchecked")
+    copy_backbone(folder, unchecked)
     height, width = trained.image_size
     fields = {"channels": trained.in_channels, "height": height, "width": width}
     image_BCHW = torch.randn(2, trained.in_channels, height, width, generator=torch.Generator().manual_seed(0))
     tokens = _tokens(trained, image_BCHW)
-    _compare(tokens, _tokens(load_backbone(out), image_BCHW), f"{out} read back")
+    _compare(tokens, _tokens(load_backbone(unchecked), image_BCHW), f"{out} read back")
     snippet = OURS.format(out=str(out), **fields)
     if to == "timm":
         snippet = TIMMS.format(out=f"local-dir:{out}", **fields)
-        _compare(tokens, _timm_tokens(out, trained, image_BCHW), f"{out} opened by timm")
+        _compare(tokens, _timm_tokens(unchecked, trained, image_BCHW), f"{out} opened by timm")
+    shutil.rmtree(out, ignore_errors=True)
+    unchecked.rename(out)
     _run_snippet(snippet)
     print(f"exported and checked: {out} gives the same features\nopen it with:\n\n{snippet}")
 
@@ -64,16 +70,19 @@ def _tokens(backbone: Backbone, image_BCHW: Tensor) -> Tensor:
 
 
 def _timm_tokens(out: Path, trained: Backbone, image_BCHW: Tensor) -> Tensor:
-    try:
-        import timm
-    except ImportError:
-        raise SettingError("--to timm opens the folder with timm to check it; pip install timm, or use --to safetensors") from None
+    import timm
+
     model: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
     prefix = int(getattr(model, "num_prefix_tokens", 1))
     with torch.no_grad():
         tokens = model.forward_features(image_BCHW)[:, prefix:]
         # With mean pooling timm norms after the mean; our map is always normed.
         return model.fc_norm(tokens) if getattr(trained, "global_pool", "") == "avg" else tokens
+
+
+def _refuse_foreign(out: Path) -> None:
+    if out.is_file() or (out.exists() and not {path.name for path in out.iterdir()} <= FILES):
+        raise SettingError(f"{out} exists and is no exported backbone; give a new folder, so that nothing of yours is overwritten")
 
 
 def _compare(trained: Tensor, exported: Tensor, what: str) -> None:

@@ -32,18 +32,20 @@ def build_classifier(recipe: ClassifyRecipe, index: Index) -> tuple[Any, Normali
     if settings.name == NAME:
         if recipe.init.path:
             raise SettingError(f"init.path cannot initialise {NAME}; name the backbone that was pretrained")
-        size = settings.image_size or views.image_size
+        size = settings.image_size
         if not size:
             raise SettingError(f"{NAME} has no image size of its own; set backbone.image_size")
         if unknown := sorted(set(settings.overrides) - {"width", "blocks"}):
             raise SettingError(f"{NAME} has no override {unknown[0]!r}; it has width, blocks")
-        return ResidualCNN(index.channels, len(index.classes), size, **settings.overrides), Normalize(tuple(mean), tuple(std))
+        network = ResidualCNN(index.channels, len(index.classes), size, **settings.overrides)
+        return network, Normalize(tuple(mean), tuple(std)).for_channels(index.channels)
     model = create_backbone(settings.name, len(index.classes), settings.image_size, index.channels, **settings.overrides)
     if recipe.init.path:
         transfer(load_backbone(recipe.init.path), model)
-        mean, std = (views.mean or saved for saved in normalization(recipe.init.path))
+        saved_mean, saved_std = normalization(recipe.init.path)
+        mean, std = views.mean or saved_mean, views.std or saved_std
     model.mask_token.requires_grad_(False)  # sees no hidden cell here; DDP would wait for its gradient
-    return model, Normalize(tuple(mean), tuple(std))
+    return model, Normalize(tuple(mean), tuple(std)).for_channels(index.channels)
 
 
 def normalization(path: str | Path) -> tuple[list[float], list[float]]:

@@ -1,6 +1,7 @@
 """Classification: `accelerate launch finetune/classify.py --config launch/recipes/... --out runs/supervised`."""
 
 from mimetic.engine.config import Invocation, parse
+from mimetic.engine.errors import SettingError
 from mimetic.engine.run import Run
 from mimetic.engine.runtime import run_entry, start
 from mimetic.finetune.recipe import ClassifyRecipe
@@ -25,6 +26,7 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
     recipe = invocation.recipe
     accelerator = start(recipe.train, recipe.optim, recipe.data.batch_size)
 
+    import numpy as np
     import torch
 
     from mimetic.data.index import draw_per_class, open_held_out, open_index
@@ -44,6 +46,10 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
         None if labels.per_class is None else draw_per_class(of, labels.per_class, labels.seed, skip=labels.skip)
         for of, labels in ((index, recipe.labels), (held_out, recipe.evaluation.labels))
     ]
+    used = [np.arange(len(of)) if draw is None else draw for of, draw in ((index, draws[0]), (held_out, draws[1]))]
+    if index.fingerprint == held_out.fingerprint and np.intersect1d(*used).size:
+        raise SettingError("evaluation would be on images that are trained on; give evaluation.index another index, or disjoint draws "
+                           "(labels.per_class, labels.skip) of the same seed")  # fmt: skip
     ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
     augmentation = Augmentation((views.crop_low, 1.0), views.shift, views.flip, views.jitter)
     stream = ShardStream(

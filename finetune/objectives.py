@@ -31,8 +31,8 @@ class Mixing:
         """Images and targets (B, N) of probabilities."""
         if not self.kinds:
             return image_BCHW, F.one_hot(label_B, self.num_classes).float()
-        with torch.random.fork_rng():
-            torch.manual_seed(int(mix(self.seed, step)) % (1 << 32))  # torch's generator on CPUs keeps 32 bits
+        with torch.random.fork_rng(devices=[]):  # the draws are all on the CPU
+            torch.default_generator.manual_seed(int(mix(self.seed, step)) % (1 << 32))  # torch's generator on CPUs keeps 32 bits
             return v2.RandomChoice(self.kinds)(image_BCHW, label_B)
 
 

@@ -20,6 +20,10 @@ class LabelSettings:
     skip: int = 0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        if self.skip and self.per_class is None:
+            raise SettingError(f"labels.skip is {self.skip} but labels.per_class is not set; a draw needs both")
+
 
 @dataclass(frozen=True)
 class EvaluationSettings:
@@ -63,7 +67,6 @@ class ClassifyViewSettings:
     """Augmentation and mixing.
 
     Args:
-        image_size: Side in pixels, where the classifier has none of its own (residual_cnn).
         crop_low: Smallest share of the picture's area that a random crop keeps; 1 does not crop.
         shift: Pixels by which the picture may move.
         flip: Probability of a horizontal flip.
@@ -75,7 +78,6 @@ class ClassifyViewSettings:
         std: Likewise.
     """
 
-    image_size: int | None = None
     crop_low: float = 0.08
     shift: int = 0
     flip: float = 0.5

@@ -44,9 +44,7 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
                            f"{recipe.data.index} have {index.channels}; train a tokenizer on them")  # fmt: skip
     settings, views, mask = recipe.backbone, recipe.views, recipe.mask
     torch.manual_seed(recipe.seed)
-    backbone = create_backbone(
-        settings.name, image_size=settings.image_size, in_channels=index.channels, **{"global_pool": "token"} | settings.overrides
-    )
+    backbone = create_backbone(settings.name, image_size=settings.image_size, in_channels=index.channels, **settings.overrides)
     target_size = views.target_size or backbone.mask_grid[0] * tokenizer.stride
     if target_size % tokenizer.stride:
         raise SettingError(f"views.target_size {target_size} is no multiple of the tokenizer's stride {tokenizer.stride}; use "
@@ -57,7 +55,7 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     if mask.kind == "block":
         masks = BlockMasks(grid, mask.count, mask.min_block, mask.aspect)
     head = TokenHead(backbone.embed_dim, tokenizer.vocab_size, mask.count)
-    normalize = Normalize(tuple(views.mean or index.mean), tuple(views.std or index.std))
+    normalize = Normalize(tuple(views.mean or index.mean), tuple(views.std or index.std)).for_channels(index.channels)
     objective = MaskedImageModeling(backbone, tokenizer, head, normalize, token_grid, accelerator.device)
     augmentation = Augmentation((views.crop_low, views.crop_high), views.shift, views.flip, views.jitter)
     ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
@@ -77,8 +75,8 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
         out = invocation.out / "backbone"
         save_backbone(backbone, out, mean=normalize.mean_C11.flatten().tolist(), std=normalize.std_C11.flatten().tolist())
         Run(invocation, "pretrain").finish()
-        print(f"pretrained backbone in {out}\nnext: accelerate launch finetune/classify.py --config launch/recipes/demo_fine_tuned.yaml "
-              f"--init.path {invocation.out} --out runs/fine-tuned")  # fmt: skip
+        print(f"pretrained backbone in {out}\nnext: fine-tune it, finetune/classify.py --init.path {invocation.out} (see --help), "
+              f"or take it away, mimetic export {invocation.out} FOLDER")  # fmt: skip
     accelerator.end_training()
 
 

@@ -29,6 +29,7 @@ CASES = {
     "deit": {"name": "deit_tiny_patch16_224", **SMALL_AT_20},
     "vit-avg": {"name": "vit_tiny_patch16_224", "global_pool": "avg", **SMALL_AT_20},
     "vit-without-cls": {"name": "vit_tiny_patch16_224", "global_pool": "avg", "class_token": False, **SMALL_AT_20},
+    "vit-glorot": {"name": "vit_tiny_patch16_224", "weight_init": "mae", **SMALL_AT_20},
     "vit-scaled": {"name": "vit_small_patch16_224", "init_values": 0.1, "qkv_bias": False, **SMALL_AT_20},
     "vit-wide": {"name": "vit_tiny_patch16_224", **SMALL_AT_20, "image_size": (12, 28), "in_channels": 1, "mlp_ratio": 2.5},
     "vit-oblong-patch": {"name": "vit_tiny_patch16_224", **SMALL_AT_20, "image_size": (12, 32), "patch_size": (4, 8)},

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from mimetic.engine.config import DataSettings, OptimSettings, TrainSettings
+from mimetic.engine.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class DvaeSettings:
     kl_weight: float = 0.001
     restart_every: int = 50
     seed_images: int = 2048
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "stride", "width", "code_width", "restart_every", "seed_images", "temperature", "final_temperature"):
+            if getattr(self, name) <= 0:
+                raise SettingError(f"dvae.{name} is {getattr(self, name)}; it must be above 0")
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from mimetic.engine.config import Invocation, parse
 from mimetic.engine.errors import SettingError
 from mimetic.engine.run import Run
-from mimetic.engine.runtime import run_entry, start
+from mimetic.engine.runtime import run_entry, same_on_all_ranks, start
 from mimetic.tokenizers.recipe import DvaeRecipe
 
 EXAMPLE = "accelerate launch tokenizers/train_dvae.py --config launch/recipes/demo_tokenizer.yaml --out runs/tokenizer"
@@ -49,6 +49,7 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     if newest(invocation.out / "checkpoints", tell=False) is None:  # the same images on every rank and world
         first = ShardStream(index, min(settings.seed_images, len(index)), seed=recipe.seed, transform=augment)
         dvae.seed_codebook(next(iter(first))["image"].to(accelerator.device).float() / 255, recipe.seed)
+        same_on_all_ranks(dvae.state_dict().values())  # sums on a GPU differ in their last bits, and k-means amplifies that
     objective = DVAEObjective(
         dvae, settings.temperature, settings.final_temperature, settings.kl_weight, settings.restart_every
     )  # fmt: skip
@@ -66,8 +67,8 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     if accelerator.is_main_process:
         save_tokenizer(dvae, invocation.out / "tokenizer")
         Run(invocation, "tokenizer").finish()
-        print(f"tokenizer in {invocation.out}/tokenizer\nnext: accelerate launch pretrain/beit.py --config launch/recipes/"
-              f"demo_pretrained.yaml --tokenizer.path {invocation.out} --out runs/pretrain")  # fmt: skip
+        print(f"tokenizer in {invocation.out}/tokenizer\nnext: pretrain with it, pretrain/beit.py --tokenizer.path {invocation.out} "
+              f"--data.index {recipe.data.index} (--help has an example)")  # fmt: skip
     accelerator.end_training()
 
 
