@@ -281,26 +281,6 @@ def _channels_of(item: Item) -> int:
         return 0
 
 
-def scan(tar: Path, number: int) -> Iterator[tuple[int, int, int, int, bytes]]:
-    """Where each sample of a shard lies: (shard number, offset, size, label, key)."""
-    image: tuple[str, int, int] | None = None
-    label = UNLABELLED
-    with tarfile.open(tar, "r:") as members:
-        for member in filter(tarfile.TarInfo.isfile, members):
-            key, _, extension = member.name.rpartition("/")[2].partition(".")
-            key = member.name[: len(member.name) - len(extension) - 1] if extension else key
-            if image and key != image[0]:
-                yield number, image[1], image[2], label, image[0].encode()
-                image, label = None, UNLABELLED
-            if extension == "cls":
-                stream = members.extractfile(member)
-                label = int(stream.read()) if stream else UNLABELLED
-            else:
-                image = (key, member.offset_data, member.size)
-    if image:
-        yield number, image[1], image[2], label, image[0].encode()
-
-
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

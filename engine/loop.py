@@ -195,6 +195,7 @@ class _Loop:
             batch = _to_device(next(batches), self.accelerator.device)
             meter.waiting += time.perf_counter() - asked
             meter.bad += len(batch["bad"])
+            self.run.skipped(batch["bad"])
             with self.accelerator.accumulate(self.model):
                 output = self.model(batch)
                 self.accelerator.backward(output.loss)
@@ -230,7 +231,7 @@ class _Loop:
         if self.bad > tolerated * self.stream.samples * epochs + 1e-9:
             raise DataError(
                 f"{self.bad} of the {read} images read so far did not decode ({self.bad / read:.1%}), data.max_bad tolerates "
-                f"{tolerated:.1%} of the data; pack the images again, or raise it"
+                f"{tolerated:.1%} of the data; their keys are in {self.run.folder}/skipped.txt; pack the images again, or raise it"
             )
 
     def evaluate(self, evaluate: Evaluate, seconds: float) -> None:

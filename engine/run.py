@@ -46,7 +46,7 @@ class Record:
 
 
 class Run:
-    """Writes one run folder; on processes other than the main one every method does nothing.
+    """Writes one run folder; on processes other than the main one every method but `skipped` does nothing.
 
     Nothing is created before `open`: a start that fails before its first step leaves nothing behind. One process at a time
     may hold a folder.
@@ -56,6 +56,7 @@ class Run:
         self.folder, self.recipe, self.kind, self.main = invocation.out, invocation.recipe, kind, main
         self._board: Any = None
         self._lock: IO[str] | None = None
+        self._skipped: set[str] = set()
 
     def open(self, step: int) -> None:
         """Creates the folder, or continues it: lines of metrics after `step` belong to work that a kill undid."""
@@ -95,6 +96,14 @@ class Run:
 
             Image.fromarray(image_HWC).save(self.folder / "samples" / f"step-{step:08d}.png")
             self._board.add_image("samples", image_HWC, step, dataformats="HWC")
+
+    def skipped(self, keys: list[str]) -> None:
+        """Lists samples that do not decode in skipped.txt, once each; every process lists its own."""
+        fresh = [key for key in dict.fromkeys(keys) if key not in self._skipped]
+        if fresh:
+            self._skipped.update(fresh)
+            with (self.folder / "skipped.txt").open("a") as file:
+                file.write("".join(f"{key}\n" for key in fresh))
 
     def close(self) -> None:
         """Flushes TensorBoard and lets go of the folder."""

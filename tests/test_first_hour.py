@@ -325,6 +325,8 @@ def test_images_that_do_not_decode_are_counted_up_to_a_share(entry, world, tmp_p
     code, _, err = entry("beit", *beit_arguments(world, tmp_path / "run", data__index=tmp_path / "data", train__steps=36))
     assert (code, err) == (0, "")
     assert lines(tmp_path / "run")[-1]["bad_samples"] in (5, 6), "2 in each of 3 epochs, but for what an epoch leaves out"
+    spoilt = [row["key"].decode() for row in np.load(tmp_path / "data/samples.npy")[:2]]
+    assert sorted((tmp_path / "run/skipped.txt").read_text().split()) == sorted(spoilt)
     spoil(tmp_path / "data", 30)
     line = entry.refused("beit", *beit_arguments(world, tmp_path / "more", data__index=tmp_path / "data", train__steps=36))
     told = re.fullmatch(r"(\d+) of the (\d+) images read so far did not decode \((.+)%\), data\.max_bad tolerates 1\.0% .*", line)

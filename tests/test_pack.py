@@ -7,7 +7,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,8 +21,8 @@ from webdataset import tariterators
 
 from mimetic.data import index as index_module
 from mimetic.data.decode import decode
-from mimetic.data.index import Index, draw_per_class, open_index
-from mimetic.data.pack import pack, scan
+from mimetic.data.index import UNLABELLED, Index, draw_per_class, open_index
+from mimetic.data.pack import pack
 from mimetic.engine.errors import DataError, SettingError
 
 RGB = noise(0, 9, 7, 3)
@@ -48,6 +50,26 @@ def read_by_webdataset(index: Index) -> dict[str, dict[str, bytes]]:
                 assert sample["__key__"] not in samples
                 samples[sample["__key__"]] = {name: value for name, value in sample.items() if not name.startswith("__")}
     return samples
+
+
+def scan(tar: Path, number: int) -> Iterator[tuple[int, int, int, int, bytes]]:
+    """Where each sample of a shard lies by tarfile's account: (shard number, offset, size, label, key)."""
+    image: tuple[str, int, int] | None = None
+    label = UNLABELLED
+    with tarfile.open(tar, "r:") as members:
+        for member in filter(tarfile.TarInfo.isfile, members):
+            key, _, extension = member.name.rpartition("/")[2].partition(".")
+            key = member.name[: len(member.name) - len(extension) - 1] if extension else key
+            if image and key != image[0]:
+                yield number, image[1], image[2], label, image[0].encode()
+                image, label = None, UNLABELLED
+            if extension == "cls":
+                stream = members.extractfile(member)
+                label = int(stream.read()) if stream else UNLABELLED
+            else:
+                image = (key, member.offset_data, member.size)
+    if image:
+        yield number, image[1], image[2], label, image[0].encode()
 
 
 def assert_sound(index: Index) -> None:
