@@ -142,6 +142,7 @@ def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], 
     loop = _Loop(accelerator, model, objective, optimizer, stream, recipe, plan, run, step, spent, shown, bad)
     try:
         run.open(step)
+        accelerator.wait_for_everyone()  # the folder is there for all
         loop.walk(evaluate)
     finally:
         run.close()
