@@ -298,7 +298,7 @@ def _resume(accelerator: "Accelerator", invocation: Invocation[Any], run: Run, s
     """Step, seconds and bad samples so far: all 0 for a fresh start."""
     folder = invocation.out / "checkpoints"
     path = Path(invocation.resume) if invocation.resume else checkpoints.newest(folder, tell=accelerator.is_main_process)
-    state = checkpoints.verify(path) if path else {"step": 0}
+    state: dict[str, Any] = checkpoints.verify(path) if path else {"step": 0}
     _agree(accelerator, state["step"])
     if path is None:
         if invocation.resume is not None:

@@ -47,7 +47,7 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
         for of, labels in ((index, recipe.labels), (held_out, recipe.evaluation.labels))
     ]
     used = [np.arange(len(of)) if draw is None else draw for of, draw in ((index, draws[0]), (held_out, draws[1]))]
-    if index.fingerprint == held_out.fingerprint and np.intersect1d(*used).size:
+    if index.fingerprint == held_out.fingerprint and np.intersect1d(used[0], used[1]).size:
         raise SettingError("evaluation would be on images that are trained on; give evaluation.index another index, or disjoint draws "
                            "(labels.per_class, labels.skip) of the same seed")  # fmt: skip
     ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
