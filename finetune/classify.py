@@ -1,7 +1,6 @@
 """Classification: `accelerate launch finetune/classify.py --config launch/recipes/... --out runs/supervised`."""
 
 from mimetic.engine.config import Invocation, parse
-from mimetic.engine.errors import SettingError
 from mimetic.engine.run import Run
 from mimetic.engine.runtime import run_entry, start
 from mimetic.finetune.recipe import ClassifyRecipe
@@ -26,14 +25,14 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
     recipe = invocation.recipe
     accelerator = start(recipe.train, recipe.optim, recipe.data.batch_size)
 
-    import numpy as np
     import torch
 
-    from mimetic.data.index import draw_per_class, open_held_out, open_index
+    from mimetic.data.index import open_held_out, open_index
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, ClassifyViews
     from mimetic.engine.loop import train
     from mimetic.finetune.classifiers import build_classifier, open_classifier, save_classifier
+    from mimetic.finetune.draws import draw_apart
     from mimetic.finetune.evaluate import accuracy
     from mimetic.finetune.objectives import Distill, Mixing, Supervised
 
@@ -42,18 +41,11 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
     model, normalize = build_classifier(recipe, index)
     held_out = open_held_out(recipe.evaluation.index, index, labelled=True)
     views, size = recipe.views, model.image_size[0]
-    draws = [
-        None if labels.per_class is None else draw_per_class(of, labels.per_class, labels.seed, skip=labels.skip)
-        for of, labels in ((index, recipe.labels), (held_out, recipe.evaluation.labels))
-    ]
-    used = [np.arange(len(of)) if draw is None else draw for of, draw in ((index, draws[0]), (held_out, draws[1]))]
-    if index.fingerprint == held_out.fingerprint and np.intersect1d(used[0], used[1]).size:
-        raise SettingError("evaluation would be on images that are trained on; give evaluation.index another index, or disjoint draws "
-                           "(labels.per_class, labels.skip) of the same seed")  # fmt: skip
+    trained_on, measured_on = draw_apart(index, recipe.labels, held_out, recipe.evaluation.labels)
     ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
     augmentation = Augmentation((views.crop_low, 1.0), views.shift, views.flip, views.jitter)
     stream = ShardStream(
-        index, recipe.data.batch_size, seed=recipe.seed, tail="drop", subset=draws[0], transform=ClassifyViews(size, augmentation),
+        index, recipe.data.batch_size, seed=recipe.seed, tail="drop", subset=trained_on, transform=ClassifyViews(size, augmentation),
         **ranks,
     )  # fmt: skip
     mixing = Mixing(len(index.classes), views.mixup, views.cutmix, recipe.seed)
@@ -65,7 +57,7 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
     details = {"arm": recipe.arm, "labels": stream.samples, "backbone": recipe.backbone.name}
 
     def evaluate(_: object) -> list:
-        batches = ShardStream(held_out, 256, shuffle=False, subset=draws[1], transform=ClassifyViews(size, None), **ranks)
+        batches = ShardStream(held_out, 256, shuffle=False, subset=measured_on, transform=ClassifyViews(size, None), **ranks)
         return [accuracy(model, normalize, batches, accelerator.device, recipe.evaluation.metric, details)]
 
     title = f"{recipe.arm}: {recipe.backbone.name} on {stream.samples:,} labelled images of {len(index.classes)} classes"

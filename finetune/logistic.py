@@ -43,19 +43,17 @@ def fit(invocation: Invocation[LogisticRecipe]) -> None:
     """Fits, measures and records."""
     from sklearn.linear_model import LogisticRegression
 
-    from mimetic.data.index import draw_per_class, open_held_out, open_index
+    from mimetic.data.index import open_held_out, open_index
     from mimetic.data.stream import pixels
+    from mimetic.finetune.draws import draw_apart
 
     recipe, started = invocation.recipe, time.perf_counter()
-    drawn = []
     training = open_index(recipe.data.index)
     if not training.classes:
         raise SettingError(f"{training.folder} has no labels; pack a tree with a sub-folder for each class")
     held_out = open_held_out(recipe.evaluation.index, training, labelled=True)
-    for index, labels in ((training, recipe.labels), (held_out, recipe.evaluation.labels)):
-        subset = None if labels.per_class is None else draw_per_class(index, labels.per_class, labels.seed, skip=labels.skip)
-        drawn.append(pixels(index, subset))
-    (train_ND, train_N), (test_ND, test_N) = drawn
+    drawn = draw_apart(training, recipe.labels, held_out, recipe.evaluation.labels)
+    (train_ND, train_N), (test_ND, test_N) = (pixels(index, subset) for index, subset in zip((training, held_out), drawn, strict=True))
     if train_ND.shape[1] != test_ND.shape[1]:
         raise SettingError(f"images of {held_out.folder} have {test_ND.shape[1]} pixels, those of {training.folder} {train_ND.shape[1]}; "
                            "resize them to compare pixels")  # fmt: skip
