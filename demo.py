@@ -47,7 +47,7 @@ def demo(out: Path, budget: str) -> None:
     small = budget == "small"
     runs = out / "small" if small else out
     stages = list(plan(out, runs, small))
-    print(f"mimetic demo: {len(stages)} stages on Fashion-MNIST, {'2' if small else 'about 14'} minutes on two cores, all in {out}")
+    print(f"mimetic demo: {len(stages)} stages on Fashion-MNIST, {'2' if small else 'about 13'} minutes on two cores, all in {out}")
     print("60,000 images without labels train a tokenizer and pretrain a small ViT; 600 labels then train five classifiers.")
     print("Stop it whenever you like: the same command goes on from there.", flush=True)
     out.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 import ast
 import importlib.metadata
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -127,3 +128,11 @@ def test_the_doors_at_the_root_open_before_anything_heavy_is_loaded():
         name = "mimetic" if file.stem == "__init__" else f"mimetic.{file.stem}"
         done = run("-c", f"import sys, {name}; print(*(heavy for heavy in {sorted(HEAVY)!r} if heavy in sys.modules))")
         assert (done.returncode, done.stdout, done.stderr) == (0, "\n", ""), name
+
+
+def test_the_readme_quotes_the_record_and_its_pictures_exist():
+    readme = (ROOT / "README.md").read_text()
+    headline = (ROOT / "docs/demo/report.md").read_text().split("\n\n")[2]
+    assert f"> {headline}\n" in readme
+    for link in re.findall(r"\]\(([^)#]+)\)", readme):
+        assert (ROOT / link).exists(), link
