@@ -147,13 +147,18 @@ def losses(run: Path) -> list[float]:
 
 def start(*command: str | Path, **options: Any) -> "subprocess.Popen[str]":
     """A process in a session of its own, one thread each, untouched by launchers of whoever runs the tests."""
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": _heed_interrupts} | options
     kept = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "PYTHONPATH")}
     mark = f"{MARK}={os.getpid()}-{time.monotonic_ns()}"
     environment = kept | {"OMP_NUM_THREADS": "1"} | options.pop("env", {}) | dict([mark.split("=")])
     process = subprocess.Popen([str(word) for word in command], text=True, start_new_session=True, cwd=ROOT, env=environment, **options)
     process.mark = mark.encode()  # type: ignore[attr-defined]  # all its descendants bear it, whatever session they are in
     return process
+
+
+def _heed_interrupts() -> None:
+    """Tests that run in the background of a shell inherit SIGINT ignored, and so would what they start."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def finish(process: "subprocess.Popen[str]", patience: float = PATIENCE) -> "subprocess.CompletedProcess[str]":
