@@ -5,7 +5,10 @@ nothing else. Rank r of R takes rows [r*b, (r+1)*b) of each global batch of R*b 
 """
 
 import hashlib
+import signal
+import sys
 from collections.abc import Callable, Iterator
+from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
@@ -106,7 +109,7 @@ class ShardStream:
         loader = DataLoader(
             self._batches, batch_size=None, sampler=range(self._step, stop), num_workers=self._workers,
             prefetch_factor=4 if self._workers else None, pin_memory=torch.cuda.is_available(),
-            worker_init_fn=_one_thread, generator=torch.Generator(),  # else it draws from the global one, and resuming draws again
+            worker_init_fn=_start_worker, generator=torch.Generator(),  # else it draws from the global one, and resuming draws again
         )  # fmt: skip
         for batch in loader:
             if isinstance(batch, DataError):
@@ -205,8 +208,16 @@ def _stacked(images: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
     return torch.stack(images) if len({image.shape for image in images}) == 1 else images
 
 
-def _one_thread(_: int) -> None:
+def _start_worker(_: int) -> None:
+    """One thread, and no words of its own when the run is interrupted: the first process speaks and ends the workers."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.excepthook = _unless_left
+
+
+def _unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    if not issubclass(kind, (ConnectionError, EOFError)):  # nobody is there any more to take the tensors that a thread hands over
+        sys.__excepthook__(kind, error, trace)
 
 
 def pixels(index: Index, subset: NDArray[np.int64] | None = None) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -4,6 +4,8 @@ import functools
 import json
 import os
 from collections.abc import Iterator
+from multiprocessing import current_process, resource_sharer
+from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +269,17 @@ def test_crop_flip_jitter_and_mask_belong_to_seed_epoch_and_sample(index):
     assert by_sample(5, 1, epoch=2) == reference
     for other in (by_sample(23, 1, epoch=3), by_sample(23, 1, epoch=2, seed=6)):
         assert all(other[sample] != reference[sample] for sample in reference)
+
+
+def test_an_interrupt_while_a_tensor_is_handed_over_leaves_the_workers_silent(index, monkeypatch, capfd):
+    def hang_up(ticket: tuple[Any, Any]) -> None:
+        Client(ticket[0], authkey=current_process().authkey).close()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(resource_sharer._resource_sharer, "get_connection", hang_up)
+    with pytest.raises(KeyboardInterrupt):
+        next(iter(ShardStream(index, 4, workers=1)))
+    assert capfd.readouterr() == ("", "")
 
 
 def test_labels_and_images_are_those_of_the_index(index):
