@@ -39,6 +39,9 @@ def parser() -> argparse.ArgumentParser:
     pack.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE",
                       help="share of unreadable images that is tolerated (default: %(default)s; 0 is strict)")  # fmt: skip
 
+    pack.add_argument("--channels", type=int, metavar="C",
+                      help="channels of every image (default: 3 if any is coloured, else 1; an array's own number)")  # fmt: skip
+
     export = commands.add_parser("export", help="the backbone of a finished run, checked as it is written",
                                  epilog="example: mimetic export runs/beit exported/beit --to timm")  # fmt: skip
     export.add_argument("run", type=Path, metavar="RUN", help="a finished run")
@@ -66,7 +69,7 @@ def dispatch() -> None:
     elif arguments.command == "pack":
         from mimetic.data.pack import pack_and_tell
 
-        pack_and_tell(arguments.source, arguments.out, arguments.samples_per_shard, arguments.max_bad)
+        pack_and_tell(arguments.source, arguments.out, arguments.samples_per_shard, arguments.max_bad, arguments.channels)
     elif arguments.command == "export":
         from mimetic.export.backbone import export_backbone
 

@@ -5,7 +5,7 @@ Arguments bear timm's names, so that `timm.create_model(name, **overrides)` buil
 """
 
 import difflib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,12 +170,23 @@ def create_backbone(
             known = entry.family.overrides
             raise SettingError(f"{name} has no override {key!r}{_nearest(key, known)}; it has {', '.join(known)}")
     size = entry.image_size if image_size is None else image_size
-    backbone = entry.family.build(size, in_channels, num_classes, **(entry.family.common | entry.arguments | overrides))
+    try:
+        backbone = entry.family.build(size, in_channels, num_classes, **(entry.family.common | entry.arguments | overrides))
+    except (TypeError, ValueError, RuntimeError) as error:  # of a wrong kind, such as depth="four"
+        if not overrides:
+            raise
+        raise SettingError(f"{name} cannot be built with {overrides}: {' '.join(str(error).split())}") from None
     backbone.config = {
         "name": name, "num_classes": num_classes, "image_size": list(backbone.image_size), "in_channels": in_channels,
         "overrides": overrides,
     }
     return backbone
+
+
+def arguments_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments that the net of a `Backbone.config` was built with, the catalog's own included; none without the catalog."""
+    entry = CATALOG.get(config.get("name", ""))
+    return entry.family.common | entry.arguments | config["overrides"] if entry else {}
 
 
 def _nearest(word: str, known: Sequence[str] | dict[str, Entry]) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mimetic.backbones.catalog import create_backbone
+from mimetic.backbones.catalog import arguments_of, create_backbone
 from mimetic.backbones.contract import MASK_TOKEN, Backbone
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import CheckpointError, MimeticError
@@ -109,6 +109,9 @@ def transfer(source: Backbone, target: Backbone) -> None:
     if source.num_depths != target.num_depths:
         theirs, ours = source.num_depths - 2, target.num_depths - 2  # stem and head are depths of their own
         raise CheckpointError(f"depth {theirs} in the pretrained backbone, {ours} here; set backbone.overrides.depth to {theirs}")
+    heads, here = (arguments_of(net.config).get("num_heads") for net in (source, target))
+    if heads != here:  # no shape would tell
+        raise CheckpointError(f"num_heads {heads} in the pretrained backbone, {here} here; set backbone.overrides.num_heads to {heads}")
     given, wanted = source.state_dict(), target.state_dict()
     for name in [name for name in given if name.startswith("rel_pos_bias.") and name not in wanted]:
         if blocks := [other for other in wanted if other.endswith(f".attn.{name}")]:
@@ -124,12 +127,20 @@ def transfer(source: Backbone, target: Backbone) -> None:
             taken[name] = torch.cat([given[name][:, :1], value[:, 1:2], given[name][:, 1:]], 1)
         elif name not in given or given[name].shape != value.shape:
             there = tuple(given[name].shape) if name in given else "nothing"
-            raise CheckpointError(f"{name}: {there} in the pretrained backbone, {tuple(value.shape)} here; "
-                                  "give backbone.overrides the values it was pretrained with")  # fmt: skip
+            raise CheckpointError(f"{name}: {there} in the pretrained backbone, {tuple(value.shape)} here; {_cure(source, target)}")
         else:
             taken[name] = given[name]
     for name in given:
         if name not in taken and not name.startswith(fresh):
-            raise CheckpointError(f"{name}: {tuple(given[name].shape)} in the pretrained backbone, nothing here; "
-                                  "give backbone.overrides the values it was pretrained with")  # fmt: skip
+            raise CheckpointError(f"{name}: {tuple(given[name].shape)} in the pretrained backbone, nothing here; {_cure(source, target)}")
     target.load_state_dict(taken, strict=False)
+
+
+def _cure(source: Backbone, target: Backbone) -> str:
+    """What makes a backbone's body that of a pretrained one."""
+    if source.in_channels != target.in_channels:
+        return f"it was pretrained on {source.in_channels} channels, these images have {target.in_channels}; pack them with as many"
+    if source.image_size != target.image_size:
+        theirs, ours = ("x".join(map(str, net.image_size)) for net in (source, target))
+        return f"it was pretrained on {theirs} pixels, here are {ours}; set backbone.image_size to {source.image_size[0]}"
+    return "give backbone.overrides the values it was pretrained with"

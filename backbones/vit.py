@@ -62,6 +62,9 @@ class ViT(Backbone):
         self.has_cls, self.has_dist, self.global_pool = class_token, dist_token, global_pool
         self._is_beit = not key_bias  # timm writes BEiT in a file of its own, with its own names
         relative = use_rel_pos_bias or use_shared_rel_pos_bias
+        if depth < 1 or mlp_ratio <= 0 or not 0 <= drop_path_rate < 1:
+            raise SettingError(f"depth {depth}, mlp_ratio {mlp_ratio:g}, drop_path_rate {drop_path_rate:g}: depth must be 1 or more, "
+                               "mlp_ratio above 0, drop_path_rate in [0, 1)")  # fmt: skip
         _refuse_contradictions(embed_dim, num_heads, global_pool, class_token, dist_token, relative)
         if weight_init not in ("beit", "mae"):
             raise SettingError(f'weight_init must be "beit" or "mae", not "{weight_init}"')

@@ -1,6 +1,8 @@
 """Bytes to pixels."""
 
 import io
+import warnings
+from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -15,6 +17,7 @@ def decode(content: bytes, channels: int) -> torch.Tensor:
     """uint8 (C, H, W) from an encoded picture, or from an `.npy` of shape (H, W), (H, W, C).
 
     EXIF orientation is applied; grey, palette and alpha pictures are brought to `channels`, 16-bit grey is scaled to 8 bits.
+    Large pictures are read in silence up to Pillow's limit of 179 million pixels; beyond it they are to be cut into tiles.
 
     Raises:
         ValueError: the bytes are no picture, or not of this many channels.
@@ -22,7 +25,7 @@ def decode(content: bytes, channels: int) -> torch.Tensor:
     is_array = content.startswith(NPY_MAGIC)
     array = open_array(content) if is_array else _eight_bits(open_picture(content), MODES.get(channels, "RGB"))
     if array.shape[-1] != channels:
-        raise ValueError(f"{array.shape[-1]} channels; the index says {channels}")
+        raise ValueError(f"{array.shape[-1]} channels, where {channels} are wanted")
     return torch.from_numpy(np.array(array.transpose(2, 0, 1), order="C"))  # a copy: Pillow's memory is read-only
 
 
@@ -30,12 +33,15 @@ def open_picture(content: bytes) -> Image.Image:
     """A fully read Pillow image, upright.
 
     Raises:
-        ValueError: the bytes are no picture that Pillow reads, or they are cut off.
+        ValueError: the bytes are no picture that Pillow reads, they are cut off, or there are too many pixels.
     """
     try:
-        picture = Image.open(io.BytesIO(content))
-        ImageOps.exif_transpose(picture, in_place=True)
+        with warnings.catch_warnings(action="ignore"):  # of many pixels, of odd EXIF: nothing that stops the picture from being used
+            picture = Image.open(io.BytesIO(content))
+            ImageOps.exif_transpose(picture, in_place=True)
         return picture
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"{str(error).partition(',')[0]}; cut it into tiles") from None
     except Exception as error:  # a damaged file can raise nearly anything, and must not end a training
         raise ValueError(str(error).replace("<_io.BytesIO object at ", "<").split("<")[0].strip() or "unreadable") from None
 
@@ -55,11 +61,25 @@ def open_array(content: bytes) -> NDArray[np.uint8]:
     return array[..., None] if array.ndim == 2 else array
 
 
+def channels_of(file: BinaryIO) -> int:
+    """A picture's 1 or 3, by its header alone; an array's own number; 0 where neither can be read."""
+    try:
+        is_array = file.read(len(NPY_MAGIC)) == NPY_MAGIC
+        file.seek(0)
+        if is_array:
+            return open_array(file.read()).shape[-1]
+        with warnings.catch_warnings(action="ignore"):
+            return {"L": 1, "RGB": 3}[Image.getmodebase(Image.open(file).mode)]
+    except Exception:  # as above; `decode` will say what is wrong
+        return 0
+
+
 def _eight_bits(picture: Image.Image, mode: str) -> NDArray[np.uint8]:
     """(H, W, C), in Pillow's mode L or RGB."""
-    if picture.mode in ("I", "F"):
+    sixteen_bits = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PPM")
+    if picture.mode in ("I", "F") and not sixteen_bits:
         raise ValueError("32-bit pixels, whose range is not known; convert them to 8 or 16 bits")
-    if picture.mode.startswith("I;16"):  # Pillow's own conversion would clip to 255
+    if sixteen_bits:  # Pillow's own conversion would clip to 255
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode == "P" and "transparency" in picture.info:
         picture = picture.convert("RGBA")  # straight to RGB, Pillow warns

@@ -79,7 +79,8 @@ def open_index(path: str | Path) -> Index:
     """
     file = Path(path) / "index.json" if Path(path).is_dir() else Path(path)
     if not file.exists():
-        raise DataError(f"{path}: no index.json there; make one with `mimetic pack SRC {path}`")
+        raise DataError(f"{path}: no index.json there; make one with `mimetic pack {path if Path(path).is_dir() else 'SRC'} SHARDS`, "
+                        "and give its folder SHARDS")  # fmt: skip
     try:
         content = json.loads(file.read_bytes())
         if content["version"] != VERSION:
@@ -112,7 +113,8 @@ def open_held_out(path: str | Path, training: Index, *, labelled: bool = False) 
     """
     index = open_index(path)
     if index.channels != training.channels:
-        raise SettingError(f"{path} has {index.channels} channels, the training data {training.channels}; pack both alike")
+        raise SettingError(f"{path} has {index.channels} channels, the training data {training.channels}; pack both alike, "
+                           f"with --channels {training.channels}")  # fmt: skip
     if labelled and index.classes != training.classes:
         told = [f"{len(classes)} classes ({', '.join(classes[:3])} ...)" for classes in (index.classes, training.classes)]
         raise SettingError(f"{path} has {told[0]}, the training data {told[1]}; both need the same sub-folders")

@@ -5,44 +5,66 @@ classes; a flat folder has none. Image bytes of a tree pass through unchanged. S
 so that neighbours in a shard are not of one class, and equal input gives equal shards.
 """
 
+import errno
 import gzip
 import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import tarfile
 import time
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import webdataset
 from PIL import Image
 
-from mimetic.data.decode import NPY_MAGIC, decode, open_array
+from mimetic.data.decode import channels_of, decode
 from mimetic.data.index import ROW, UNLABELLED, VERSION
 from mimetic.data.randomness import mix
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError, SettingError
 
-EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".npy")
+EXTENSIONS = (".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".ppm", ".pgm", ".pnm", ".npy")
 OURS = ("index.json", "samples.npy", "rejected.tsv", "shard-*.tar")
-LOOK = 256  # images that are asked for their number of channels
+LOOK = 256  # images that are asked whether they are pictures or arrays of more channels
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: numpy tells of a short write without a number
 
 
 @dataclass(frozen=True)
 class Item:
-    """One image to pack: its key in the shard, its file extension, its label, and how to get its bytes (and pixels, if at hand)."""
+    """One image to pack: its key in the shard, its file extension, its label, and how to open it (and its pixels, if at hand)."""
 
     key: str
     extension: str
     label: int
-    read: Callable[[], bytes]
+    open: Callable[[], BinaryIO]
     path: str
     pixels_HW: np.ndarray | None = None
+
+    def read(self) -> bytes:
+        """The whole file."""
+        with self.open() as file:
+            return file.read()
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a source holds: images, class names, images that lie beside its sub-folders, and how many files of which other kinds."""
+
+    items: list[Item]
+    classes: list[str]
+    beside: list[str] = field(default_factory=list)
+    others: Counter[str] = field(default_factory=Counter)
 
 
 @dataclass
@@ -69,46 +91,73 @@ class Statistics:
 
 
 def pack(
-    source: Path, out: Path, *, samples_per_shard: int = 8192, max_bad: float = 0.01,
+    source: Path, out: Path, *, samples_per_shard: int = 8192, max_bad: float = 0.01, channels: int | None = None,
     progress: Callable[[Iterable[Item], int], Iterable[Item]] = lambda items, total: items,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes `out/shard-00000.tar`, ..., `samples.npy`, `index.json`, and `rejected.tsv` if an image cannot be read.
 
-    The folder appears whole or not at all: everything is written beside it and renamed at the end. Images have three channels
-    if any of the first few hundred (in the shuffled order) is coloured, one if they are grey, and an array's own number else.
+    The folder appears whole or not at all: everything is written beside it and renamed at the end. Unless `channels` says
+    otherwise, images have three if any is coloured and one if all are grey; where most of the first few hundred (in the shuffled
+    order) are arrays of another number, they have that.
 
     Returns:
-        The content of index.json.
+        The content of index.json; and `beside`, the images beside the sub-folders, for which there are no classes; and
+        `others`, how many files of each other kind were left out.
 
     Raises:
-        DataError: nothing to pack, or more than `max_bad` of the images cannot be read.
-        SettingError: `out` exists and holds anything but shards of ours.
+        DataError: nothing to pack, more than `max_bad` of the images cannot be read, or the disk is full.
+        SettingError: `out` exists and holds anything but shards of ours, or it cannot be written.
     """
     source, out = Path(source), Path(out).resolve()
     if not 0 <= max_bad <= 1 or samples_per_shard < 1:
         raise SettingError(f"--max-bad is {max_bad} (a share, 0 to 1), --samples-per-shard {samples_per_shard} (1 or more)")
-    _refuse_to_overwrite(out)
-    items, classes = find_items(source)
-    order = np.argsort(mix(0, np.arange(len(items))), kind="stable")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if channels is not None and channels < 1:
+        raise SettingError(f"--channels is {channels}; 1 is grey, 3 is colour, arrays may have more")
     temporary, replaced = (out.with_name(f".{out.name}.{state}") for state in ("packing", "replaced"))
-    for left_by_a_kill in (temporary, replaced):
-        shutil.rmtree(left_by_a_kill, ignore_errors=True)
-    temporary.mkdir()
+    with _in_one_line(out):
+        _put_back(replaced, out)
+        _refuse_to_overwrite(out)
+        found = find_items(source, out)
+        order = np.argsort(mix(0, np.arange(len(found.items))), kind="stable")
+        parents = [folder for folder in out.parents if not folder.exists()]
+        for left_by_a_kill in (temporary, replaced):
+            shutil.rmtree(left_by_a_kill, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            content = _write(temporary, [found.items[i] for i in order], found.classes, samples_per_shard, max_bad, channels, progress)
+            if out.exists():
+                out.rename(replaced)
+            temporary.rename(out)
+        finally:
+            _put_back(replaced, out)
+            for folder in (temporary, replaced):
+                shutil.rmtree(folder, ignore_errors=True)
+            for folder in parents:
+                with suppress(OSError):  # not empty: it holds `out`
+                    folder.rmdir()
+    return content | {"beside": found.beside, "others": found.others}
+
+
+@contextmanager
+def _in_one_line(out: Path) -> Iterator[None]:
     try:
-        content = _write(temporary, [items[i] for i in order], classes, samples_per_shard, max_bad, progress)
-        if out.exists():
-            out.rename(replaced)
-        temporary.rename(out)
-    finally:
-        for folder in (temporary, replaced):
-            shutil.rmtree(folder, ignore_errors=True)
-    return content
+        yield
+    except OSError as error:
+        if error.errno in DISK_FULL:
+            raise DataError(f"{out}: the disk is full; nothing was left behind: free some space and pack again") from None
+        raise SettingError(f"{out} cannot be written ({error.strerror}); give another folder") from None
+
+
+def _put_back(replaced: Path, out: Path) -> None:
+    """Undoes the first of two renames when the second did not come."""
+    if os.path.exists(replaced / "index.json") and not os.path.exists(out):  # no OSError, whatever the names
+        replaced.rename(out)
 
 
 def _refuse_to_overwrite(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise SettingError(f"{out} is a file; give a new folder")
+    nearest = next(path for path in (out, *out.parents) if path.exists())
+    if not nearest.is_dir():
+        raise SettingError(f"{out} cannot be a folder, {nearest} is a file; give a new folder")
     foreign = sorted(path.name for path in out.glob("*") if not any(path.match(name) for name in OURS))
     if foreign:
         raise SettingError(f"{out} holds {foreign[0]}, which is no shard: give a new folder, so that nothing of yours is overwritten")
@@ -116,28 +165,29 @@ def _refuse_to_overwrite(out: Path) -> None:
         raise SettingError(f"{out} exists and holds no index.json: give a new folder, so that nothing of yours is overwritten")
 
 
-def find_items(source: Path) -> tuple[list[Item], list[str]]:
-    """The images of a source, sorted by name, and its class names.
+def find_items(source: Path, out: Path) -> Found:
+    """The images of a source, sorted by name, and its class names; the folder `out` is none of it.
 
     Raises:
         DataError: the source does not exist or holds no image.
     """
-    if not source.exists():
+    if not os.path.exists(source):  # which is False for a name that is too long, where Path.exists raises
         raise DataError(f"{source}: no such file or folder; give a folder of images or an idx file")
     if source.is_dir() and (files := sorted(source.glob("*idx3-ubyte*"))):
         names = ", ".join(file.name for file in files)
         raise DataError(f"{source} holds idx files; name the one to pack: {names}")
-    items, classes = _idx_items(source) if source.is_file() else _tree_items(source)
-    if not items:
-        raise DataError(f"{source}: no image in it; known are {' '.join(EXTENSIONS)} and idx files")
-    return items, classes
+    found = _idx_items(source) if source.is_file() else _tree_items(source, out)
+    if not found.items:
+        raise DataError(f"{source}: no image in it{_left_out(found.others)}; known are {' '.join(EXTENSIONS)} and idx files")
+    return found
 
 
-def _tree_items(source: Path) -> tuple[list[Item], list[str]]:
-    files = sorted(_image_files(source))
+def _tree_items(source: Path, out: Path) -> Found:
+    files, others = _image_files(source, out)
     tops = {path.relative_to(source).parts[0] for path in files if path.parent != source}
     # Images beside the sub-folders would have no class: then the tree is taken as unlabelled.
-    classes = sorted(tops) if all(path.parent != source for path in files) else []
+    beside = [_text(path.name) for path in files if path.parent == source] if tops else []
+    classes = [] if beside else sorted(tops)
     numbers = {name: number for number, name in enumerate(classes)}
     items, seen = [], set()
     for path in files:
@@ -148,17 +198,41 @@ def _tree_items(source: Path) -> tuple[list[Item], list[str]]:
             key, number = f"{base}-{number}", number + 1
         seen.add(key)
         label = numbers[relative.parts[0]] if classes else UNLABELLED
-        items.append(Item(key, path.suffix.lower()[1:], label, path.read_bytes, _text(path)))
-    return items, [_text(name) for name in classes]
+        items.append(Item(key, path.suffix.lower()[1:], label, partial(io.FileIO, path), _text(path)))
+    return Found(items, [_text(name) for name in classes], beside, others)
 
 
-def _image_files(source: Path) -> Iterator[Path]:
-    # Linked folders count, since classes are often chosen by links; hidden files do not: they are thumbnails and the like.
+def _image_files(source: Path, out: Path) -> tuple[list[Path], Counter[str]]:
+    """The images of a tree, sorted, and how many files of which other kinds it holds.
+
+    Linked folders count, since classes are often chosen by links; hidden ones do not: they hold thumbnails and the like.
+    """
+    images: list[Path] = []
+    others: Counter[str] = Counter()
+    left_out = {os.path.realpath(source), str(out)}
+    met: set[tuple[str, str]] = set()
+
+    def is_new(folder: Path) -> bool:
+        # Once in each class: so links that cross lead to an end, however many paths they make, and classes may share a folder.
+        place = (folder.relative_to(source).parts[0], os.path.realpath(folder))
+        new = place not in met and place[1] not in left_out
+        met.add(place)
+        return new
+
     for folder, below, names in os.walk(source, followlinks=True):
-        below[:] = [name for name in below if not name.startswith(".")]
-        for path in (Path(folder, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in EXTENSIONS and path.is_file():
-                yield path
+        below[:] = [name for name in sorted(below) if not name.startswith(".") and is_new(Path(folder, name))]
+        for path in (Path(folder, name) for name in sorted(names)):
+            if (kind := _kind(path)) in EXTENSIONS:
+                images.append(path)
+            else:
+                others[kind] += 1
+    return sorted(images), others
+
+
+def _kind(path: Path) -> str:
+    if path.name.startswith("."):
+        return "hidden"
+    return _text(path.suffix.lower()) or "no extension" if os.path.isfile(path) else "broken links"
 
 
 def _text(path: str | Path) -> str:
@@ -166,21 +240,23 @@ def _text(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "replace")
 
 
-def _idx_items(source: Path) -> tuple[list[Item], list[str]]:
+def _idx_items(source: Path) -> Found:
     images = read_idx(source)
-    if images.ndim != 3:
+    if images.ndim != 3 or not images.size:
         raise DataError(f"{source}: an idx file of shape {images.shape}; images have 3 dimensions (name the images file)")
     beside = source.with_name(source.name.replace("images-idx3", "labels-idx1"))
     labels = read_idx(beside) if beside != source and beside.exists() else None
+    if labels is not None and labels.ndim != 1:
+        raise DataError(f"{beside}: an idx file of shape {labels.shape}; labels have 1 dimension")
     if labels is not None and len(labels) != len(images):
         raise DataError(f"{beside} has {len(labels)} labels, {source.name} has {len(images)} images")
     classes = [str(i) for i in range(int(labels.max()) + 1)] if labels is not None else []
 
     def item(i: int) -> Item:
         label = int(labels[i]) if labels is not None else UNLABELLED
-        return Item(f"{i:08d}", "png", label, lambda: _png(images[i]), f"{source}#{i}", images[i])
+        return Item(f"{i:08d}", "png", label, lambda: io.BytesIO(_png(images[i])), f"{source}#{i}", images[i])
 
-    return [item(i) for i in range(len(images))], classes
+    return Found([item(i) for i in range(len(images))], classes)
 
 
 def read_idx(path: Path) -> np.ndarray:
@@ -191,14 +267,17 @@ def read_idx(path: Path) -> np.ndarray:
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path}: {error}") from None
     if len(content) < 4 or content[:3] != b"\0\0\x08" or not 1 <= content[3] <= 4:
         raise DataError(f"{path} is no idx file of bytes, nor a folder")
-    dimensions = np.frombuffer(content, ">u4", content[3], 4)
-    values = np.frombuffer(content, np.uint8, offset=4 + 4 * content[3])
-    if len(values) != dimensions.prod():
-        raise DataError(f"{path} is cut off: {len(values)} values, its header says {dimensions.prod()}")
+    header = 4 + 4 * content[3]
+    if len(content) < header:
+        raise DataError(f"{path} is cut off: {len(content)} bytes, its header alone has {header}")
+    dimensions = np.frombuffer(content, ">u4", content[3], 4).tolist()
+    values = np.frombuffer(content, np.uint8, offset=header)
+    if len(values) != math.prod(dimensions):
+        raise DataError(f"{path} is cut off: {len(values)} values, its header says {math.prod(dimensions)}")
     return values.reshape(dimensions)
 
 
@@ -208,11 +287,11 @@ def _png(image_HW: np.ndarray) -> bytes:
     return buffer.getvalue()
 
 
-def _write(folder: Path, items: list[Item], classes: list[str], samples_per_shard: int, max_bad: float,
+def _write(folder: Path, items: list[Item], classes: list[str], samples_per_shard: int, max_bad: float, channels: int | None,
            progress: Callable[[Iterable[Item], int], Iterable[Item]]) -> dict[str, Any]:  # fmt: skip
     rejected: list[tuple[str, str]] = []
     rows: list[tuple[int, int, int, int, bytes]] = []
-    statistics = Statistics(_channels(items[:LOOK]))
+    statistics = Statistics(channels or _channels(items))
     with webdataset.ShardWriter(
         str(folder).replace("%", "%%") + "/shard-%05d.tar", maxcount=samples_per_shard, maxsize=1 << 62, verbose=0,
         mtime=0, user="", group="", encoder=False,
@@ -253,7 +332,10 @@ def _readable(items: Iterable[Item], rejected: list[tuple[str, str]], allowed: i
     for item in items:
         try:
             content = item.read()
-            statistics.add(decode(content, statistics.channels).numpy() if item.pixels_HW is None else item.pixels_HW[None])
+            if item.pixels_HW is not None and statistics.channels == 1:
+                statistics.add(item.pixels_HW[None])
+            else:
+                statistics.add(decode(content, statistics.channels).numpy())
         except (OSError, ValueError) as error:
             rejected.append((item.path, " ".join(str(error).split())))
             if len(rejected) > allowed:
@@ -266,18 +348,22 @@ def _readable(items: Iterable[Item], rejected: list[tuple[str, str]], allowed: i
 
 
 def _channels(items: list[Item]) -> int:
-    """The most that any of these images has: one grey picture makes no colour set grey, whichever comes first."""
-    return max(1 if item.pixels_HW is not None else _channels_of(item) for item in items) or 3
+    """What most of a few have, if that is an array's own number; else the most that any picture has.
+
+    One coloured picture makes a grey set coloured, wherever it comes; so only grey sets are looked at to their end.
+    """
+    looked = Counter(channels if channels != 1 else 3 for item in items[:LOOK] if (channels := _channels_of(item)))
+    most = max(looked, key=lambda channels: (looked[channels], channels == 3), default=3)
+    return most if most != 3 or any(_channels_of(item) == 3 for item in items) else 1
 
 
 def _channels_of(item: Item) -> int:
-    """From the header alone; 0 where it cannot be read."""
+    if item.pixels_HW is not None:
+        return 1
     try:
-        content = item.read()
-        if content.startswith(NPY_MAGIC):
-            return open_array(content).shape[-1]
-        return {"L": 1, "RGB": 3}[Image.getmodebase(Image.open(io.BytesIO(content)).mode)]
-    except Exception:  # it will be rejected, with the reason, when its turn comes
+        with item.open() as file:
+            return channels_of(file)
+    except OSError:
         return 0
 
 
@@ -286,13 +372,29 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def pack_and_tell(source: Path, out: Path, samples_per_shard: int, max_bad: float) -> None:
+def pack_and_tell(source: Path, out: Path, samples_per_shard: int, max_bad: float, channels: int | None = None) -> None:
     """`mimetic pack`: says what will happen, how far it is, and where the result is."""
     print(f"packing {source} into shards of {samples_per_shard:,} images in {out}", flush=True)
-    content = pack(source, out, samples_per_shard=samples_per_shard, max_bad=max_bad, progress=_told)
+    content = pack(source, out, samples_per_shard=samples_per_shard, max_bad=max_bad, channels=channels, progress=_told)
     rejected = f", {content['rejected']} unreadable ones listed in {out}/rejected.tsv" if content["rejected"] else ""
-    classes = f"{len(content['classes'])} classes" if content["classes"] else "no labels"
-    print(f"{content['samples']:,} images, {classes}, {len(content['shards'])} shards{rejected}: {out}/index.json")
+    classes = f"{len(content['classes'])} classes" if content["classes"] else f"no labels{_why(content['beside'])}"
+    others = _left_out(content["others"])
+    print(f"{content['samples']:,} images, {classes}, {len(content['shards'])} shards{rejected}{others}: {out}/index.json")
+
+
+def _why(beside: list[str]) -> str:
+    if not beside:
+        return ""
+    one = len(beside) == 1
+    who = f"{beside[0]} lies" if one else f"{beside[0]} and {len(beside) - 1:,} more lie"
+    return f" ({who} beside the sub-folders; move {'it' if one else 'them'} into one to have classes)"
+
+
+def _left_out(others: Counter[str]) -> str:
+    if not others:
+        return ""
+    kinds = ", ".join(kind for kind, _ in others.most_common(3)) + (" ..." if len(others) > 3 else "")
+    return f", {others.total():,} file{'s' if others.total() > 1 else ''} of other kinds left out ({kinds})"
 
 
 def _told(items: Iterable[Item], total: int) -> Iterator[Item]:

@@ -80,8 +80,8 @@ def verify(path: Path) -> dict[str, Any]:
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        files, state = manifest["files"], manifest["state"]
-    except (OSError, ValueError, KeyError):
+        files, state = dict(manifest["files"]), dict(manifest["state"])
+    except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{path}: {MANIFEST} is missing or damaged; give a folder like checkpoints/step-00000123") from None
     for name, digest in files.items():
         if not (path / name).exists() or _sha256(path / name) != digest:

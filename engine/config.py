@@ -20,9 +20,11 @@ from typing import Any, Generic, TypeVar
 
 import yaml
 
+from mimetic.engine import ranges
 from mimetic.engine.errors import SettingError
 
 R = TypeVar("R")
+TYPES = {"int": "a whole number", "float": "a number", "bool": "true or false", "str": "text", "dict": "settings and their values"}
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,9 @@ class DataSettings:
     batch_size: int = 64
     workers: int = 1
     max_bad: float = 0.01
+
+    def __post_init__(self) -> None:
+        ranges.require(self, "data", batch_size=ranges.COUNT, workers=ranges.NOT_NEGATIVE, max_bad=ranges.SHARE)
 
 
 @dataclass(frozen=True)
@@ -76,10 +81,9 @@ class TrainSettings:
                                "(unset the recipe's with, say, --train.samples null)")  # fmt: skip
         if self.precision not in ("fp32", "bf16"):
             raise SettingError(f"train.precision is {self.precision!r}; it must be fp32 or bf16")
-        for name in ("steps", "epochs", "samples", "accumulate", "log_every", "checkpoint_every", "keep"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise SettingError(f"train.{name} is {value}; it must be above 0")
+        ranges.require(self, "train", steps=ranges.COUNT, epochs=ranges.POSITIVE, samples=ranges.COUNT, accumulate=ranges.COUNT,
+                       log_every=ranges.COUNT, checkpoint_every=ranges.COUNT, keep=ranges.COUNT, picture_every=ranges.COUNT,
+                       evaluate_every=ranges.COUNT)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -111,15 +115,9 @@ class OptimSettings:
     layer_decay: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise SettingError(f"optim.lr is {self.lr}; it must be above 0")
-        if not 0 <= self.warmup < 1:
-            raise SettingError(f"optim.warmup is {self.warmup}; it is a share of the training, in [0, 1)")
-        for name in ("beta1", "beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise SettingError(f"optim.{name} is {getattr(self, name)}; it must be in [0, 1)")
-        if not 0 < self.layer_decay <= 1:
-            raise SettingError(f"optim.layer_decay is {self.layer_decay}; it must be in (0, 1]")
+        ranges.require(self, "optim", lr=ranges.POSITIVE, min_lr=ranges.NOT_NEGATIVE, warmup_lr=ranges.NOT_NEGATIVE,
+                       warmup=ranges.BELOW_ONE, weight_decay=ranges.NOT_NEGATIVE, beta1=ranges.BELOW_ONE, beta2=ranges.BELOW_ONE,
+                       eps=ranges.POSITIVE, clip=ranges.NOT_NEGATIVE, layer_decay=ranges.SOME_SHARE)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -135,6 +133,9 @@ class BackboneSettings:
     name: str = "beit_base_patch16_224"
     image_size: int | None = None
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ranges.require(self, "backbone", image_size=ranges.COUNT)
 
 
 @dataclass(frozen=True)
@@ -177,6 +178,8 @@ def parse(recipe_class: type[R], *, example: str, argv: Sequence[str] | None = N
         raise
     except Exception as error:  # jsonargparse raises argparse's, yaml's and its own kinds
         raise SettingError(_one_line(str(error), known)) from None
+    if not values.out.strip():
+        raise SettingError("--out is empty; name the run folder")
     fields = {field.name: values[field.name] for field in dataclasses.fields(recipe_class)}  # type: ignore[arg-type]
     return Invocation(recipe_class(**fields), Path(values.out), values.resume)
 
@@ -244,7 +247,7 @@ def _refuse_unknown_keys(file: Path, known: list[str]) -> None:
         tree = yaml.safe_load(file.read_text())
     except OSError as error:
         raise SettingError(f"--config {file}: {error.strerror}; recipes lie in launch/recipes/") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise SettingError(f"--config {file} is not yaml: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise SettingError(f"--config {file} holds no settings; write them as `section:` and `  name: value`")
@@ -252,6 +255,8 @@ def _refuse_unknown_keys(file: Path, known: list[str]) -> None:
         emptied = (value == {} or (value is None and "." not in name)) and any(other.startswith(f"{name}.") for other in known)
         if emptied:  # a section whose every line is commented out
             continue
+        if any(other.startswith(f"{name}.") for other in known):
+            raise SettingError(f"{file}: {name} is {value}, but it is a section; write `{name}:` and its settings below, indented")
         if name not in known and f"{name}.*" not in known and f"{name.rpartition('.')[0]}.*" not in known:
             raise SettingError(f"{file}: unknown setting {name}{did_you_mean(name, known)}")
 
@@ -264,4 +269,8 @@ def _one_line(message: str, known: list[str]) -> str:
     if outside:
         name = f"{outside[1]}.{outside[2]}"
         return f"unknown setting {name}{did_you_mean(name, known)}"
-    return " ".join(message.split())
+    flat = " ".join(message.split())
+    mistyped = re.search(r"""Parser key "(\S+)":.*?Expected a <class '(\w+)'>.*(?:Given|Got) value: (.*)$""", flat)
+    if mistyped:
+        return f"{mistyped[1]} is {mistyped[3]}; it must be {TYPES.get(mistyped[2], mistyped[2])}"
+    return flat

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,7 +20,7 @@ from mimetic.engine.runtime import add_up, engine_name, same_on_all_ranks
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-Evaluate = Callable[[Objective], list[Record]]
+Batches = Iterator[dict[str, Any]]
 
 
 class Stream(Protocol):
@@ -30,6 +30,7 @@ class Stream(Protocol):
     global_batch: int
 
     def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[dict[str, Any]]: ...
     def run(self, stop: int) -> Iterator[dict[str, Any]]:
         """Batches from the present position to batch number `stop`."""
         ...
@@ -41,6 +42,19 @@ class Stream(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Goes to a position."""
         ...
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is measured while a run goes on, and at its end.
+
+    Attributes:
+        stream: opens held-out images of this rank, padded and in order.
+        measure: records from the batches of that stream, on the device; called on all ranks, the objective in eval mode.
+    """
+
+    stream: Callable[[], Stream]
+    measure: Callable[[Batches], list[Record]]
 
 
 @dataclass(frozen=True)
@@ -118,7 +132,7 @@ class Meter:
 
 
 def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], kind: str, accelerator: "Accelerator",
-          title: str, evaluate: Evaluate | None = None, shown: Mapping[str, Any] | None = None) -> Objective:  # fmt: skip
+          title: str, evaluation: Evaluation | None = None, shown: Mapping[str, Any] | None = None) -> Objective:  # fmt: skip
     """Trains to the end of the recipe, from the newest checkpoint of the run folder if there is one.
 
     Args:
@@ -126,7 +140,7 @@ def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], 
         stream: training batches of this rank.
         kind: of the run, for its records: "pretrain", "classify", "tokenizer".
         title: what the first line says is going to happen.
-        evaluate: measures the unwrapped objective; called on all ranks.
+        evaluation: what is measured on held-out images.
         shown: the batch that pictures are made of, such as held-out images; the default is the training batch at hand.
 
     Returns:
@@ -137,13 +151,14 @@ def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], 
     optimizer = adamw(objective, recipe.optim)
     model, optimizer = accelerator.prepare(objective, optimizer)
     torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # drop path and the like differ between ranks
-    step, spent, bad = _resume(accelerator, invocation, run, stream)
-    _announce(accelerator, title, recipe, plan, stream, step, invocation.out)
-    loop = _Loop(accelerator, model, objective, optimizer, stream, recipe, plan, run, step, spent, shown, bad)
     try:
+        run.claim()
+        step, spent, bad = _resume(accelerator, invocation, run, stream)
+        _announce(accelerator, title, recipe, plan, stream, step, invocation.out)
+        loop = _Loop(accelerator, model, objective, optimizer, stream, recipe, plan, run, step, spent, shown, bad)
         run.open(step)
         accelerator.wait_for_everyone()  # the folder is there for all
-        loop.walk(evaluate)
+        loop.walk(evaluation)
     finally:
         run.close()
     return objective
@@ -164,8 +179,10 @@ class _Loop:
     shown: Mapping[str, Any] | None
     bad: int = 0
 
-    def walk(self, evaluate: Evaluate | None) -> None:
-        """All remaining steps; logs, pictures, evaluations and checkpoints as they fall due."""
+    def walk(self, evaluation: Evaluation | None) -> None:
+        """All remaining steps; logs, pictures, checkpoints and evaluations as they fall due."""
+        if evaluation and self.step and self.plan.due(self.plan.evaluate_every, self.step) and not self.measured():
+            self.evaluate(evaluation, self.spent)  # a kill came between a checkpoint and its evaluation
         started, meter, plan = time.perf_counter(), Meter(), self.plan
         clock = _Clock(self.step)
         batches = self.stream.run(plan.steps * self.recipe.train.accumulate)
@@ -179,11 +196,11 @@ class _Loop:
             paused = time.perf_counter()
             if plan.due(plan.picture_every, self.step) and self.accelerator.is_main_process:
                 self.run.picture(self.step, self.objective.pictures(_to_device(self.shown or batch, self.accelerator.device)))
-            if evaluate and plan.due(plan.evaluate_every, self.step):
-                self.evaluate(evaluate, seconds)
-                clock = _Clock(self.step)
             if plan.due(plan.checkpoint_every, self.step):
                 self.checkpoint(seconds)
+            if evaluation and plan.due(plan.evaluate_every, self.step):
+                self.evaluate(evaluation, seconds)
+                clock = _Clock(self.step)
             meter.since += time.perf_counter() - paused
 
     def one_step(self, batches: Iterator[dict[str, Any]], meter: Meter) -> tuple[Mapping[str, Any], Any]:
@@ -235,27 +252,52 @@ class _Loop:
                 f"{tolerated:.1%} of the data; their keys are in {self.run.folder}/skipped.txt; pack the images again, or raise it"
             )
 
-    def evaluate(self, evaluate: Evaluate, seconds: float) -> None:
-        """Records what `evaluate` measures, beside step, samples, seconds and parameters."""
+    def measured(self) -> bool:
+        """Whether this step's evaluation has been recorded; the main process knows."""
+        known = torch.tensor(float(self.accelerator.is_main_process and self.run.measured(self.step)), device=self.accelerator.device)
+        return bool(add_up(known))
+
+    def evaluate(self, evaluation: Evaluation, seconds: float) -> None:
+        """Records what is measured, beside step, samples, seconds and parameters."""
         same_on_all_ranks(self.objective.buffers())  # BatchNorm's statistics are each rank's own; rank 0's are what is saved
         self.objective.eval()
         with torch.no_grad():
-            records = evaluate(self.objective)
+            records = evaluation.measure(self.held_out(evaluation.stream()))
         self.objective.train()
         parameters = sum(p.numel() for p in self.objective.parameters())
         samples = self.step * self.plan.samples_per_step
+        progress: dict[str, Any] = {"step": self.step, "samples": samples, "seconds": round(seconds, 1), "parameters": parameters}
+        self.run.record(*(replace(record, **progress) for record in records))
         for r in records:
-            record = Record(r.metric, r.value, r.count, self.step, samples, round(seconds, 1), parameters, r.details)
-            self.run.record(record)
             self.run.metrics(self.step, {r.metric: r.value, "samples": samples, "seconds": seconds})
             if self.accelerator.is_main_process:
                 print(f"{r.metric} {r.value:.4f}" + (f" over {r.count:,} images" if r.count else ""), flush=True)
+
+    def held_out(self, stream: Stream) -> Batches:
+        """Its batches on the device. What does not decode is listed, and ends the run when it is more than data.max_bad of them.
+
+        Raises:
+            DataError: too many held-out images do not decode, on all ranks together.
+        """
+        bad = 0
+        for batch in stream:
+            bad += len(batch["bad"])
+            self.run.skipped(batch["bad"])
+            yield _to_device(batch, self.accelerator.device)
+        bad = int(add_up(torch.tensor(float(bad), device=self.accelerator.device)))
+        tolerated = self.recipe.data.max_bad
+        told = f"{bad} of the {stream.samples:,} held-out images did not decode, their keys are in {self.run.folder}/skipped.txt"
+        if bad > tolerated * stream.samples + 1e-9 or bad == stream.samples:
+            raise DataError(f"{told}; data.max_bad tolerates {tolerated:.1%}; pack the images again, or raise it")
+        if bad and self.accelerator.is_main_process:
+            print(f"{told}; measured without them", flush=True)
 
     def checkpoint(self, seconds: float) -> None:
         """Everything that the same command needs to go on."""
         state = {
             "step": self.step, "seconds": seconds, "bad": self.bad, "stream": self.stream.state_dict(),
-            "recipe": recipe_dict(self.recipe), "world": self.accelerator.num_processes, "engine": engine_name(self.accelerator),
+            "recipe": recipe_dict(self.recipe), "inputs": self.run.inputs, "world": self.accelerator.num_processes,
+            "engine": engine_name(self.accelerator),
         }  # fmt: skip
         checkpoints.save(self.accelerator, self.run.folder / "checkpoints", self.step, state, self.recipe.train.keep)
 
@@ -298,13 +340,15 @@ def _resume(accelerator: "Accelerator", invocation: Invocation[Any], run: Run, s
     """Step, seconds and bad samples so far: all 0 for a fresh start."""
     folder = invocation.out / "checkpoints"
     path = Path(invocation.resume) if invocation.resume else checkpoints.newest(folder, tell=accelerator.is_main_process)
+    if path is None and (damaged := sorted(folder.glob("step-*"))):
+        raise CheckpointError(f"all {len(damaged)} checkpoints in {folder} are damaged; remove {invocation.out} to start afresh")
     state: dict[str, Any] = checkpoints.verify(path) if path else {"step": 0}
     _agree(accelerator, state["step"])
     if path is None:
         if invocation.resume is not None:
             raise CheckpointError(f"--resume: no valid checkpoint in {folder}; leave --resume out to start afresh")
         return 0, 0.0, 0
-    run.check_same_recipe(state["recipe"], path)
+    run.check_same_recipe(state["recipe"], state.get("inputs", {}), path)
     stream.load_state_dict(state["stream"])
     checkpoints.load(accelerator, path, state, engine_name(accelerator))
     return state["step"], state["seconds"], state["bad"]

@@ -2,6 +2,8 @@
 
 import dataclasses
 import fcntl
+import functools
+import hashlib
 import json
 import os
 import subprocess
@@ -14,10 +16,15 @@ import yaml
 
 from mimetic.engine.config import Invocation, flatten, recipe_dict, recipe_hash, write_atomically
 from mimetic.engine.errors import CheckpointError, LaunchError, SettingError
+from mimetic.engine.runtime import disk_is_full
 
 # Settings that change no number of the training: a checkpoint may be continued under others.
 HARMLESS = ("data.workers", "data.max_bad", "train.log_every", "train.checkpoint_every", "train.keep", "train.picture_every",
             "train.evaluate_every")  # fmt: skip
+# Settings that name a folder, and the file in it that tells whether its content is still the same.
+INPUTS = ("data.index", "evaluate_on", "evaluation.index", "tokenizer.path", "init.path", "distill.teacher")
+CONTENT = ("index.json", "model.safetensors", "tokenizer/model.safetensors", "backbone/model.safetensors", "residual_cnn/model.safetensors")
+BEGUN = ("samples", "skipped.txt")  # what a start that failed early may leave, beside hidden files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,17 +63,35 @@ class Run:
         self.folder, self.recipe, self.kind, self.main = invocation.out, invocation.recipe, kind, main
         self._board: Any = None
         self._lock: IO[str] | None = None
-        self._skipped: set[str] = set()
+
+    def claim(self) -> None:
+        """Holds a folder that a run has been in, before anything in it is read: a run that goes on changes its checkpoints.
+
+        Raises:
+            LaunchError: another process is training into it.
+        """
+        if self.main and (self.folder / ".lock").exists():
+            self._lock = _lock(self.folder)
 
     def open(self, step: int) -> None:
-        """Creates the folder, or continues it: lines of metrics after `step` belong to work that a kill undid."""
+        """Creates the folder, or continues it: lines of metrics after `step` belong to work that a kill undid.
+
+        Raises:
+            SettingError: the folder holds something else, a finished run of another recipe, or cannot be written.
+            LaunchError: another process is training into it.
+        """
         if not self.main:
             return
+        self._refuse_foreign()
+        if not step and (self.folder / "finished.json").exists():
+            raise SettingError(f"{self.folder} holds a finished run of another recipe or of other data; use another --out")
         try:
             (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError, PermissionError) as error:
+            self._lock = self._lock or _lock(self.folder)
+        except OSError as error:
+            if disk_is_full(error):
+                raise
             raise SettingError(f"--out {self.folder}: {error.strerror}; give a folder that can be written") from None
-        self._lock = _lock(self.folder)
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(recipe_dict(self.recipe), sort_keys=False))
         for name in ("metrics.jsonl", "records.jsonl"):
             kept = [line for line in read_lines(self.folder / name) if line["step"] <= step and step]
@@ -82,12 +107,16 @@ class Run:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
-    def record(self, record: Record) -> None:
-        """Appends a line to records.jsonl, with the recipe's hash, the code's revision and the seed."""
+    def record(self, *records: Record) -> None:
+        """Appends lines to records.jsonl, all or none, with the recipe's hash, the code's revision and the seed."""
         if self.main:
             origin = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "kind": self.kind, "recipe": recipe_hash(self.recipe),
                       "revision": git_revision(), "seed": self.recipe.seed}  # fmt: skip
-            _append(self.folder / "records.jsonl", origin | dataclasses.asdict(record))
+            _append(self.folder / "records.jsonl", *(origin | dataclasses.asdict(record) for record in records))
+
+    def measured(self, step: int) -> bool:
+        """Whether an evaluation after this step has been recorded."""
+        return any(line["step"] == step for line in read_lines(self.folder / "records.jsonl"))
 
     def picture(self, step: int, image_HWC: np.ndarray | None) -> None:
         """Saves samples/step-00000123.png and shows it in TensorBoard."""
@@ -99,11 +128,12 @@ class Run:
 
     def skipped(self, keys: list[str]) -> None:
         """Lists samples that do not decode in skipped.txt, once each; every process lists its own."""
-        fresh = [key for key in dict.fromkeys(keys) if key not in self._skipped]
-        if fresh:
-            self._skipped.update(fresh)
-            with (self.folder / "skipped.txt").open("a") as file:
-                file.write("".join(f"{key}\n" for key in fresh))
+        if not keys:
+            return
+        file = self.folder / "skipped.txt"
+        known = set(file.read_text().splitlines()) if file.exists() else set()
+        with file.open("a") as lines:
+            lines.write("".join(f"{key}\n" for key in dict.fromkeys(keys) if key not in known))
 
     def close(self) -> None:
         """Flushes TensorBoard and lets go of the folder."""
@@ -112,28 +142,69 @@ class Run:
         if self._lock is not None:
             self._lock.close()
 
-    def check_same_recipe(self, stored: dict[str, Any], checkpoint: Path) -> None:
-        """Refuses a checkpoint of another recipe; settings that change no number may differ.
+    @functools.cached_property
+    def inputs(self) -> dict[str, str]:
+        """What the settings of INPUTS name, by content: data and weights may change under the same path."""
+        settings, found = flatten(recipe_dict(self.recipe)), {}
+        for name in INPUTS:
+            path = Path(settings.get(name) or os.devnull)
+            files = [file for file in (path, *(path / inner for inner in CONTENT)) if file.is_file()]
+            if files:
+                with files[0].open("rb") as content:
+                    found[name] = hashlib.file_digest(content, "sha256").hexdigest()
+        return found
+
+    def check_same_recipe(self, stored: dict[str, Any], inputs: dict[str, str], checkpoint: Path) -> None:
+        """Refuses a checkpoint of another recipe or of other data; settings that change no number may differ.
 
         Raises:
-            CheckpointError: names the first settings that differ, with both values.
+            CheckpointError: names the first settings that differ, with both values, or the input that changed.
         """
         theirs, ours = flatten(stored), flatten(recipe_dict(self.recipe))
         names = [name for name in theirs | ours if theirs.get(name) != ours.get(name) and name not in HARMLESS]
         if names:
             told = "; ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in names[:3])
             raise CheckpointError(f"{checkpoint} is of another recipe ({told}); use that recipe or another --out")
+        if changed := _changed(inputs, self.inputs):
+            raise CheckpointError(f"{changed[0]} {ours[changed[0]]} is not what it was when {checkpoint} was written; use another --out")
 
     @property
     def finished(self) -> bool:
-        """Whether this very recipe has been trained to its end in this folder."""
-        file = self.folder / "finished.json"
-        return file.exists() and json.loads(file.read_text())["recipe"] == _fixed_hash(self.recipe)
+        """Whether this very recipe has been trained to its end in this folder, on what its settings name now.
+
+        Raises:
+            SettingError: the folder holds something else than a run.
+        """
+        self._refuse_foreign()
+        try:
+            done = json.loads((self.folder / "finished.json").read_text())
+            same = done["recipe"] == _fixed_hash(self.recipe)
+        except (OSError, ValueError, TypeError, KeyError):  # none, or damaged: the checkpoints tell
+            return False
+        return same and not _changed(done.get("inputs", {}), self.inputs)
 
     def finish(self) -> None:
         """Marks the run as complete; the last thing written."""
         if self.main:
-            write_atomically(self.folder / "finished.json", json.dumps({"recipe": _fixed_hash(self.recipe)}) + "\n")
+            done = {"recipe": _fixed_hash(self.recipe), "inputs": self.inputs}
+            write_atomically(self.folder / "finished.json", json.dumps(done) + "\n")
+
+    def _refuse_foreign(self) -> None:
+        """Nothing of anybody's is overwritten: a folder that is neither new nor a run is refused."""
+        try:
+            found = [path.name for path in self.folder.iterdir()] if self.folder.is_dir() else []
+            settings = yaml.safe_load((self.folder / "config.yaml").read_text()) if "config.yaml" in found else {}
+        except (OSError, ValueError, yaml.YAMLError):
+            settings = {}
+        if isinstance(settings, dict) and {"data", "seed"} <= settings.keys():
+            return
+        if foreign := sorted(name for name in found if name not in BEGUN and not name.startswith(".")):
+            raise SettingError(f"--out {self.folder} holds {foreign[0]} and is no run; give a new folder, so that nothing is overwritten")
+
+
+def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
+    """Names of inputs that have another content; one that is gone is no other content."""
+    return [name for name in before if name in now and before[name] != now[name]]
 
 
 def _lock(folder: Path) -> IO[str]:
@@ -183,8 +254,8 @@ def _fixed_hash(recipe: Any) -> str:
     return json.dumps(fixed, sort_keys=True)
 
 
-def _append(path: Path, line: dict[str, Any]) -> None:
+def _append(path: Path, *lines: dict[str, Any]) -> None:
     with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+        file.write("".join(json.dumps(line) + "\n" for line in lines))
         file.flush()
         os.fsync(file.fileno())

@@ -34,11 +34,16 @@ def run_entry(main: Callable[[], None]) -> None:
         _leave(str(error), 2)
     except KeyboardInterrupt:
         _leave("interrupted; the same command goes on from the last checkpoint", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        _leave("nobody reads the output any more", 1)
     except Exception as error:
         if "RANK" in os.environ and _peer_is_gone(error):
             time.sleep(PATIENCE)  # the peer's own line says why; here the launcher ends this process, unless the peer was elsewhere
             _leave("another process of this run has ended; the same command goes on from the last checkpoint", 1)
         if not disk_is_full(error):
+            if isinstance(error, OSError) and error.filename:
+                _leave(f"{error.filename}: {error.strerror}", 2)
             raise
         what = " ".join(str(error).split("\n")[0].split())
         _leave(f"the disk is full ({what}); free some space and give the same command: it goes on from the last checkpoint", 2)
@@ -82,9 +87,12 @@ def start(train: TrainSettings, optim: OptimSettings, batch_size: int) -> "Accel
     accelerated = torch.cuda.is_available() or torch.accelerator.is_available()
     if not accelerated:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    announced = int(os.environ.get("WORLD_SIZE", 1))
-    if announced > 1 and "RANK" not in os.environ:
-        raise LaunchError(f"WORLD_SIZE is {announced} but RANK is not set; start with accelerate launch or torchrun, or unset WORLD_SIZE")
+    given = os.environ.get("WORLD_SIZE", "1")
+    announced = int(given) if given.isdecimal() else 0
+    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if announced < 1 or (announced > 1 and missing):
+        what = f"{missing[0]} is not set" if announced > 1 else "that is no number of processes"
+        raise LaunchError(f"WORLD_SIZE is {given} but {what}; start with accelerate launch or torchrun, or unset WORLD_SIZE")
 
     from accelerate import Accelerator
     from accelerate.utils import InitProcessGroupKwargs

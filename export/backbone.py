@@ -40,14 +40,26 @@ def export_backbone(run: Path, out: Path, to: str) -> None:
         CheckpointError: nothing to export, or what was read back differs from what was trained.
         SettingError: `out` exists and is no exported backbone; timm is asked for but not installed.
     """
-    folder = backbone_folder(run)
+    folder, out = backbone_folder(run), out.resolve() if out.is_symlink() else out
     _refuse_foreign(out)
     if to == "timm" and importlib.util.find_spec("timm") is None:
         raise SettingError("--to timm opens the folder with timm to check it; pip install timm, or use --to safetensors")
     trained = load_backbone(folder)
     print(f"exporting {trained.config['name']} of {run} to {out} in timm's schema", flush=True)
     unchecked = out.with_name(f".{out.name}.unchecked")
-    copy_backbone(folder, unchecked)
+    try:
+        copy_backbone(folder, unchecked)
+        snippet = _checked(trained, unchecked, out, to)
+        shutil.rmtree(out, ignore_errors=True)
+        unchecked.rename(out)
+    finally:
+        shutil.rmtree(unchecked, ignore_errors=True)
+    _run_snippet(snippet)
+    print(f"exported and checked: {out} gives the same features\nopen it with:\n\n{snippet}")
+
+
+def _checked(trained: Backbone, unchecked: Path, out: Path, to: str) -> str:
+    """Compares what was written with what was trained; returns the lines that open it."""
     height, width = trained.image_size
     fields = {"channels": trained.in_channels, "height": height, "width": width}
     image_BCHW = torch.randn(2, trained.in_channels, height, width, generator=torch.Generator().manual_seed(0))
@@ -57,10 +69,7 @@ def export_backbone(run: Path, out: Path, to: str) -> None:
     if to == "timm":
         snippet = TIMMS.format(out=f"local-dir:{out}", **fields)
         _compare(tokens, _timm_tokens(unchecked, trained, image_BCHW), f"{out} opened by timm")
-    shutil.rmtree(out, ignore_errors=True)
-    unchecked.rename(out)
-    _run_snippet(snippet)
-    print(f"exported and checked: {out} gives the same features\nopen it with:\n\n{snippet}")
+    return snippet
 
 
 def _tokens(backbone: Backbone, image_BCHW: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ def build_classifier(recipe: ClassifyRecipe, index: Index) -> tuple[Any, Normali
     settings, views = recipe.backbone, recipe.views
     if not index.classes:
         raise SettingError(f"{index.folder} has no labels; pack a tree with a sub-folder for each class")
+    if len(index.classes) == 1:
+        raise SettingError(f"{index.folder} has one class, {index.classes[0]}; a classifier tells two or more apart")
     mean, std = views.mean or list(index.mean), views.std or list(index.std)
     if settings.name == NAME:
         if recipe.init.path:
@@ -71,10 +73,11 @@ def save_classifier(model: Any, normalize: Normalize, run: Path, provenance: dic
     return folder
 
 
-def open_classifier(run: str | Path) -> tuple[Any, Normalize]:
+def open_classifier(run: str | Path, classes: list[str]) -> tuple[Any, Normalize]:
     """A trained classifier of a finished run, in eval mode, and its normalization.
 
     Raises:
+        SettingError: it tells other classes apart than these.
         CheckpointError: the run is not finished, damaged, or has no classifier.
     """
     folder = Path(run) / NAME
@@ -82,6 +85,8 @@ def open_classifier(run: str | Path) -> tuple[Any, Normalize]:
         backbone = load_backbone(run)
         if not backbone.num_classes:
             raise CheckpointError(f"{run} holds a backbone without a classifier; a teacher is a run of finetune/classify.py")
+        config = json.loads((backbone_folder(run) / "config.json").read_text())
+        _refuse_other_classes(run, config["mimetic"].get("classes"), classes)
         mean, std = normalization(run)
         return backbone, Normalize(tuple(mean), tuple(std))
     try:
@@ -90,4 +95,11 @@ def open_classifier(run: str | Path) -> tuple[Any, Normalize]:
         model.load_state_dict(load_file(folder / "model.safetensors"))
     except Exception as error:
         raise CheckpointError(f"{folder} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
+    _refuse_other_classes(run, config.get("classes"), classes)
     return model.eval(), Normalize(tuple(config["mean"]), tuple(config["std"]))
+
+
+def _refuse_other_classes(run: str | Path, theirs: list[str] | None, ours: list[str]) -> None:
+    if theirs != ours:
+        told = [f"{len(classes or [])} classes ({', '.join((classes or [])[:3])} ...)" for classes in (theirs, ours)]
+        raise SettingError(f"{run} was trained for {told[0]}, the data has {told[1]}; train a teacher on the same classes")

@@ -30,7 +30,7 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
     from mimetic.data.index import open_held_out, open_index
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, ClassifyViews
-    from mimetic.engine.loop import train
+    from mimetic.engine.loop import Evaluation, train
     from mimetic.finetune.classifiers import build_classifier, open_classifier, save_classifier
     from mimetic.finetune.draws import draw_apart
     from mimetic.finetune.evaluate import accuracy
@@ -50,18 +50,21 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
     )  # fmt: skip
     mixing = Mixing(len(index.classes), views.mixup, views.cutmix, recipe.seed)
     if recipe.distill.teacher:
-        teacher, teacher_normalize = open_classifier(recipe.distill.teacher)
+        teacher, teacher_normalize = open_classifier(recipe.distill.teacher, index.classes)
         objective: Supervised = Distill(model, normalize, mixing, views.smoothing, teacher, teacher_normalize, accelerator.device)
     else:
         objective = Supervised(model, normalize, mixing, views.smoothing)
     details = {"arm": recipe.arm, "labels": stream.samples, "backbone": recipe.backbone.name}
 
-    def evaluate(_: object) -> list:
-        batches = ShardStream(held_out, 256, shuffle=False, subset=measured_on, transform=ClassifyViews(size, None), **ranks)
-        return [accuracy(model, normalize, batches, accelerator.device, recipe.evaluation.metric, details)]
+    evaluation = Evaluation(
+        lambda: ShardStream(
+            held_out, 2 * recipe.data.batch_size, shuffle=False, subset=measured_on, transform=ClassifyViews(size, None), **ranks
+        ),
+        lambda batches: [accuracy(model, normalize, batches, accelerator.device, recipe.evaluation.metric, details)],
+    )
 
     title = f"{recipe.arm}: {recipe.backbone.name} on {stream.samples:,} labelled images of {len(index.classes)} classes"
-    train(objective, stream, invocation=invocation, kind="classify", accelerator=accelerator, title=title, evaluate=evaluate)
+    train(objective, stream, invocation=invocation, kind="classify", accelerator=accelerator, title=title, evaluation=evaluation)
     if accelerator.is_main_process:
         folder = save_classifier(model, normalize, invocation.out, {"classes": index.classes})
         Run(invocation, "classify").finish()

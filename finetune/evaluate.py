@@ -15,13 +15,13 @@ def accuracy(model: nn.Module, normalize: nn.Module, batches: Iterable[Mapping[s
     """Share of correct decisions.
 
     Args:
-        batches: with `image`, `label` and `valid`, from a padded, unshuffled stream.
+        batches: with `image`, `label` and `valid` on the device, from a padded, unshuffled stream.
         metric: the record's name.
         details: kept in the record.
     """
     totals = torch.zeros(2, dtype=torch.float64, device=device)
     for batch in batches:
-        image_BCHW, label_B, valid_B = (batch[name].to(device) for name in ("image", "label", "valid"))
+        image_BCHW, label_B, valid_B = (batch[name] for name in ("image", "label", "valid"))
         correct_B = (model(normalize(image_BCHW)).argmax(1) == label_B) & valid_B
         totals += torch.stack([correct_B.sum(), valid_B.sum()])
     correct, count = add_up(totals).tolist()

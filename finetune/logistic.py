@@ -1,8 +1,10 @@
 """A plain reference: logistic regression on pixels, on the same labelled images and the same test set."""
 
 import time
+import warnings
 from dataclasses import dataclass
 
+from mimetic.engine import ranges
 from mimetic.engine.config import DataSettings, Invocation, parse
 from mimetic.engine.errors import SettingError
 from mimetic.engine.run import Record, Run
@@ -29,6 +31,9 @@ class LogisticRecipe:
     arm: str = "logistic regression"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        ranges.require(self, max_iter=ranges.COUNT, seed=ranges.SEED)
+
 
 def main() -> None:
     """Entry point."""
@@ -41,6 +46,7 @@ def main() -> None:
 
 def fit(invocation: Invocation[LogisticRecipe]) -> None:
     """Fits, measures and records."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     from mimetic.data.index import open_held_out, open_index
@@ -57,11 +63,15 @@ def fit(invocation: Invocation[LogisticRecipe]) -> None:
     if train_ND.shape[1] != test_ND.shape[1]:
         raise SettingError(f"images of {held_out.folder} have {test_ND.shape[1]} pixels, those of {training.folder} {train_ND.shape[1]}; "
                            "resize them to compare pixels")  # fmt: skip
-    print(f"{recipe.arm} on {len(train_N):,} labelled images", flush=True)
-    model = LogisticRegression(max_iter=recipe.max_iter).fit(train_ND, train_N)
-    value = float((model.predict(test_ND) == test_N).mean())
     run = Run(invocation, "reference")
     run.open(0)
+    print(f"{recipe.arm} on {len(train_N):,} labelled images", flush=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # told in our own words
+        model = LogisticRegression(max_iter=recipe.max_iter).fit(train_ND, train_N)
+    if model.n_iter_.max() >= recipe.max_iter:
+        print(f"stopped after max_iter {recipe.max_iter} iterations, before it converged", flush=True)
+    value = float((model.predict(test_ND) == test_N).mean())
     details = {"arm": recipe.arm, "labels": len(train_N), "backbone": "pixels"}
     parameters = model.coef_.size + model.intercept_.size
     run.record(Record(recipe.evaluation.metric, value, len(test_N), samples=len(train_N), seconds=round(time.perf_counter() - started, 1),

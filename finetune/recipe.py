@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mimetic.engine import ranges
 from mimetic.engine.config import BackboneSettings, DataSettings, OptimSettings, TrainSettings
 from mimetic.engine.errors import SettingError
 
@@ -23,6 +24,7 @@ class LabelSettings:
     def __post_init__(self) -> None:
         if self.skip and self.per_class is None:
             raise SettingError(f"labels.skip is {self.skip} but labels.per_class is not set; a draw needs both")
+        ranges.require(self, "labels", per_class=ranges.COUNT, skip=ranges.NOT_NEGATIVE, seed=ranges.SEED)
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,12 @@ class ClassifyViewSettings:
     mean: list[float] | None = None
     std: list[float] | None = None
 
+    def __post_init__(self) -> None:
+        ranges.require(self, "views", crop_low=ranges.SOME_SHARE, shift=ranges.NOT_NEGATIVE, flip=ranges.SHARE, jitter=ranges.SHARE,
+                       smoothing=ranges.BELOW_ONE, mixup=ranges.NOT_NEGATIVE, cutmix=ranges.NOT_NEGATIVE, std=ranges.POSITIVE)  # fmt: skip
+        if (self.mean is None) != (self.std is None):
+            raise SettingError("views.mean and views.std belong together; give both or neither")
+
 
 @dataclass(frozen=True)
 class ClassifyRecipe:
@@ -113,3 +121,4 @@ class ClassifyRecipe:
     def __post_init__(self) -> None:
         if self.init.path and self.distill.teacher:
             raise SettingError("init.path and distill.teacher are both set; an arm is either fine-tuned or distilled")
+        ranges.require(self, seed=ranges.SEED)

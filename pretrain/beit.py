@@ -31,7 +31,7 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, Normalize, PretrainViews
     from mimetic.engine.errors import SettingError
-    from mimetic.engine.loop import train
+    from mimetic.engine.loop import Evaluation, train
     from mimetic.pretrain.evaluate import masked_accuracy
     from mimetic.pretrain.mim import MaskedImageModeling, TokenHead
     from mimetic.tokenizers.files import open_tokenizer
@@ -45,6 +45,8 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     settings, views, mask = recipe.backbone, recipe.views, recipe.mask
     torch.manual_seed(recipe.seed)
     backbone = create_backbone(settings.name, image_size=settings.image_size, in_channels=index.channels, **settings.overrides)
+    if len({side // cells for side, cells in zip(backbone.image_size, backbone.mask_grid, strict=True)}) > 1:
+        raise SettingError("backbone.overrides.patch_size must be square here: the tokenizer's cells are")
     target_size = views.target_size or backbone.mask_grid[0] * tokenizer.stride
     if target_size % tokenizer.stride:
         raise SettingError(f"views.target_size {target_size} is no multiple of the tokenizer's stride {tokenizer.stride}; use "
@@ -64,13 +66,14 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
 
     plain = PretrainViews(backbone.image_size[0], target_size, Augmentation((1.0, 1.0), flip=0.0), masks)
 
-    def evaluate(_: object) -> list:
-        batches = ShardStream(held_out, 256, shuffle=False, transform=plain, **ranks)
-        return masked_accuracy(objective, batches, accelerator.device)
+    evaluation = Evaluation(
+        lambda: ShardStream(held_out, 2 * recipe.data.batch_size, shuffle=False, transform=plain, **ranks),
+        lambda batches: masked_accuracy(objective, batches, accelerator.device),
+    )
 
     title = f"BEiT pretraining of {settings.name} ({sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters) without labels"
     train(objective, stream, invocation=invocation, kind="pretrain", accelerator=accelerator, title=title,
-          evaluate=evaluate if recipe.evaluate_on else None, shown=next(iter(ShardStream(held_out, 12, transform=plain))))  # fmt: skip
+          evaluation=evaluation if recipe.evaluate_on else None, shown=next(iter(ShardStream(held_out, 12, transform=plain))))  # fmt: skip
     if accelerator.is_main_process:
         out = invocation.out / "backbone"
         save_backbone(backbone, out, mean=normalize.mean_C11.flatten().tolist(), std=normalize.std_C11.flatten().tolist())

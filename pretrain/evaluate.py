@@ -14,7 +14,6 @@ def masked_accuracy(objective: MaskedImageModeling, batches: Iterable[Mapping[st
     """Records `masked_accuracy` and `masked_loss` over hidden cells, each image once, its mask fixed by the stream's seed."""
     totals = torch.zeros(3, dtype=torch.float64, device=device)
     for batch in batches:
-        batch = {name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in batch.items()}
         output, images = objective(batch), batch["valid"].sum()
         totals += torch.stack([output.metrics["masked_accuracy"] * images, output.loss * images, images])
     accuracy, loss, images = add_up(totals).tolist()

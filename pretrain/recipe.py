@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mimetic.engine import ranges
 from mimetic.engine.config import BackboneSettings, DataSettings, OptimSettings, TrainSettings
 from mimetic.engine.errors import SettingError
 
@@ -36,6 +37,7 @@ class MaskSettings:
     def __post_init__(self) -> None:
         if self.kind not in ("block", "random"):
             raise SettingError(f"mask.kind is {self.kind!r}; it must be block or random")
+        ranges.require(self, "mask", count=ranges.COUNT, min_block=ranges.COUNT, aspect=ranges.SOME_SHARE)
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,14 @@ class ViewSettings:
     mean: list[float] | None = None
     std: list[float] | None = None
 
+    def __post_init__(self) -> None:
+        ranges.require(self, "views", crop_low=ranges.SOME_SHARE, crop_high=ranges.SOME_SHARE, shift=ranges.NOT_NEGATIVE,
+                       flip=ranges.SHARE, jitter=ranges.SHARE, target_size=ranges.COUNT, std=ranges.POSITIVE)  # fmt: skip
+        if self.crop_low > self.crop_high:
+            raise SettingError(f"views.crop_low is {self.crop_low}, views.crop_high {self.crop_high}; the low one must not be the larger")
+        if (self.mean is None) != (self.std is None):
+            raise SettingError("views.mean and views.std belong together; give both or neither")
+
 
 @dataclass(frozen=True)
 class BeitRecipe:
@@ -81,3 +91,6 @@ class BeitRecipe:
     views: ViewSettings = ViewSettings()
     evaluate_on: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges.require(self, seed=ranges.SEED)

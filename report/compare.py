@@ -2,13 +2,16 @@
 
 import dataclasses
 import math
+import os
 import shlex
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import SettingError
+from mimetic.engine.runtime import disk_is_full
 from mimetic.report import sections
 from mimetic.report.headline import headline
 from mimetic.report.page import Page, Section, Source, Table, render_html, render_markdown
@@ -37,19 +40,28 @@ def compare(runs: Sequence[Path], out: Path, *, title: str | None = None) -> Pat
 
     Raises:
         DataError: a path is no run folder.
-        SettingError: no run is given, or `out` cannot be written.
+        SettingError: no run is given, or `out` cannot be written; what it holds is then left as it was.
         CheckpointError: records or metrics of a run are damaged.
     """
     page = build_page(read_runs([Path(run) for run in runs]), title)
     files = {figure.name: figure.png for figure in page.figures}
     texts = {"report.md": render_markdown(page).encode(), "report.html": render_html(page).encode()}
     try:
-        Path(out).mkdir(parents=True, exist_ok=True)
-        for name, content in (files | texts).items():
-            write_atomically(Path(out) / name, content)
+        _write(Path(out), files | texts)
     except OSError as error:
-        raise SettingError(f"the report cannot be written to {out} ({error.strerror or error}); give another --out") from None
+        cure = "free some space or give another --out" if disk_is_full(error) else "give another --out"
+        raise SettingError(f"the report cannot be written to {out} ({error.strerror or error}); {cure}") from None
     return Path(out) / "report.html"
+
+
+def _write(out: Path, files: dict[str, bytes]) -> None:
+    """All files or none: they take their places once everything that needs space is done, the page last."""
+    out.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out, prefix=".report.") as beside:
+        for name, content in files.items():
+            write_atomically(Path(beside) / name, content)
+        for name in files:
+            os.replace(Path(beside) / name, out / name)
 
 
 def build_page(runs: Sequence[RunFolder], title: str | None = None) -> Page:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from mimetic.report.intervals import difference
+from mimetic.report.intervals import mean_difference
 from mimetic.report.results import TEST, Arm, arms_of
 from mimetic.report.runs import RunFolder
 from mimetic.report.wording import percent, signed, whole
@@ -12,9 +12,15 @@ from mimetic.report.wording import percent, signed, whole
 
 @dataclass(frozen=True)
 class Group:
-    """Runs of one arm on the same terms, such as three seeds: the headline speaks of their mean, never of the best."""
+    """Runs of one arm on the same terms, such as three seeds: the headline speaks of their mean, never of the best.
+
+    Attributes:
+        arms: the runs' records.
+        shared: whether runs on other terms have the same arm's name.
+    """
 
     arms: tuple[Arm, ...]
+    shared: bool = False
 
     @property
     def first(self) -> Arm:
@@ -23,8 +29,13 @@ class Group:
 
     @property
     def label(self) -> str:
-        """The arm's name, and whether all its runs came to their end."""
-        return self.first.run.arm + self.state
+        """The arm's name, which runs are meant where others share it, and whether all of them came to their end."""
+        return self.first.run.arm + _enclosed(self.names) + self.state
+
+    @property
+    def names(self) -> str:
+        """Of the runs, where the arm's name does not tell which are meant."""
+        return ", ".join(arm.run.name for arm in self.arms) if self.shared else ""
 
     @property
     def state(self) -> str:
@@ -52,7 +63,7 @@ class Group:
 
 def headline(runs: Sequence[RunFolder]) -> list[str]:
     """The first sentence, then one for each other arm."""
-    groups = _groups(arms_of(runs, TEST))
+    groups = grouped(arms_of(runs, TEST))
     ours = next((group for group in groups if _is_fine_tuned(group)), None)
     if ours is None:
         return _highest(groups)
@@ -61,11 +72,13 @@ def headline(runs: Sequence[RunFolder]) -> list[str]:
     return [_lead(ours, scratch), *(f"{group.label}: {group.score}. {_capital(verdict(ours, group))}." for group in others)]
 
 
-def _groups(arms: Sequence[Arm]) -> list[Group]:
+def grouped(arms: Sequence[Arm]) -> list[Group]:
+    """Runs that only their seeds tell apart come together."""
     found: dict[tuple[object, ...], list[Arm]] = {}
     for arm in arms:
-        found.setdefault((arm.run.arm, arm.record.count, arm.labels, str(_test_set(arm))), []).append(arm)
-    return [Group(tuple(members)) for members in found.values()]
+        found.setdefault((arm.run.arm, arm.record.count, arm.labels, arm.run.terms), []).append(arm)
+    names = [name for name, *_ in found]
+    return [Group(tuple(members), names.count(name) > 1) for (name, *_), members in found.items()]
 
 
 def _test_set(arm: Arm) -> tuple[Path, object] | None:
@@ -91,8 +104,8 @@ def _is_from_scratch(group: Group, ours: Group) -> bool:
 
 def _lead(ours: Group, scratch: Group | None) -> str:
     """ "Fine-tuned from the pretrained backbone: 79.3 % (78.5 to 80.1) of 10,000 test images with 600 labels; ..." """
-    name = "" if ours.first.run.arm == "fine-tuned" else f" ({ours.first.run.arm})"
-    told = f"Fine-tuned from the pretrained backbone{name}{ours.state}: {ours.score}{_of(ours)}"
+    names = [name for name in (ours.first.run.arm, ours.names) if name not in ("fine-tuned", "")]
+    told = f"Fine-tuned from the pretrained backbone{_enclosed(', '.join(names))}{ours.state}: {ours.score}{_of(ours)}"
     if scratch is None:
         return f"{told}. There is no arm from scratch to hold it against."
     gap, lesson = _gap(ours, scratch), ""
@@ -105,12 +118,12 @@ def _lead(ours: Group, scratch: Group | None) -> str:
 
 def verdict(ours: Group, theirs: Group) -> str:
     """Which of the two is better, by how much, or that nothing tells."""
-    gap = _gap(ours, theirs)
+    gap, we = _gap(ours, theirs), _we(ours)
     if gap is None or gap[0] > 0:
-        return f"fine-tuned has {_margin(ours, theirs)}" if gap else _margin(ours, theirs)
+        return f"{we} has {_margin(ours, theirs)}" if gap else _margin(ours, theirs)
     if gap[1] < 0:
-        return f"fine-tuned is worse: {_margin(ours, theirs)}"
-    return f"no clear difference: fine-tuned has {_margin(ours, theirs)}"
+        return f"{we} is worse: {_margin(ours, theirs)}"
+    return f"no clear difference: {we} has {_margin(ours, theirs)}"
 
 
 def _margin(ours: Group, theirs: Group) -> str:
@@ -127,13 +140,10 @@ def _margin(ours: Group, theirs: Group) -> str:
 
 
 def _gap(ours: Group, theirs: Group) -> tuple[float, float] | None:
-    """Where the difference lies: 95 % interval for one run each, the range over pairs of runs for more; None if not comparable."""
-    mine, other = ours.first, theirs.first
+    """95 % interval of the difference; None if not comparable."""
     if _why_not(ours, theirs):
         return None
-    if len(ours.arms) == len(theirs.arms) == 1:
-        return difference(mine.record.value, mine.record.count, other.record.value, other.record.count)
-    return min(ours.values) - max(theirs.values), max(ours.values) - min(theirs.values)
+    return mean_difference(ours.values, ours.first.record.count, theirs.values, theirs.first.record.count)
 
 
 def _why_not(ours: Group, theirs: Group) -> str:
@@ -141,9 +151,9 @@ def _why_not(ours: Group, theirs: Group) -> str:
     mine, other = ours.first, theirs.first
     sets = {str(test_set) for arm in (mine, other) if (test_set := _test_set(arm))}
     if mine.record.count != other.record.count:
-        return f"it was measured on {whole(other.record.count)} test images, fine-tuned on {whole(mine.record.count)}"
+        return f"it was measured on {whole(other.record.count)} test images, {_we(ours)} on {whole(mine.record.count)}"
     if mine.labels != other.labels:
-        return f"it learnt from {whole(other.labels)} labels, fine-tuned from {whole(mine.labels)}"
+        return f"it learnt from {whole(other.labels)} labels, {_we(ours)} from {whole(mine.labels)}"
     if len(sets) > 1:
         return "it was measured on other images"
     return "" if all(arm.interval for arm in (*ours.arms, *theirs.arms)) else "a record holds no share of a number of images"
@@ -159,6 +169,14 @@ def _highest(groups: Sequence[Group]) -> list[str]:
 def _of(group: Group) -> str:
     labels = group.first.labels
     return f" of {whole(group.first.record.count)} test images" + (f" with {whole(labels)} labels" if labels else "")
+
+
+def _we(ours: Group) -> str:
+    return f"fine-tuned{_enclosed(ours.names)}"
+
+
+def _enclosed(text: str) -> str:
+    return f" ({text})" if text else ""
 
 
 def _capital(text: str) -> str:

@@ -121,7 +121,7 @@ def _png(draw: Callable[[Axes], None], inches: tuple[float, float], *, legend: b
 
 
 def _short(name: str, longest: int = LONGEST) -> str:
-    """One line; a leading underscore would hide it from the legend."""
+    """One line; it keeps both ends, since names may differ in either. A leading underscore would hide it from the legend."""
     line = " ".join(name.split())
-    line = line if len(line) <= longest else line[: longest - 1] + "…"
+    line = line if len(line) <= longest else f"{line[: longest // 2]}…{line[longest // 2 + 1 - longest :]}"
     return f" {line}" if line.startswith("_") else line

@@ -24,7 +24,7 @@ class Arm:
     @property
     def label(self) -> str:
         """Its name, and whether its training came to an end."""
-        return self.run.arm + ("" if self.run.finished else " (not finished)")
+        return self.run.label + ("" if self.run.finished else " (not finished)")
 
     @property
     def interval(self) -> tuple[float, float] | None:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,17 @@ from typing import Any
 import yaml
 
 from mimetic.engine.config import flatten
-from mimetic.engine.errors import DataError, SettingError
+from mimetic.engine.errors import CheckpointError, DataError, SettingError
 from mimetic.engine.run import HARMLESS, Record, read_lines
 
-FIELDS = {field.name for field in dataclasses.fields(Record)}
+NUMBER = int | float
+# What the page reads of a record and of its details, and what it must be.
+FIELDS = {"metric": str, "value": NUMBER, "details": dict} | dict.fromkeys(("count", "step", "samples", "seconds", "parameters"), NUMBER)
+DETAILS = {"labels": NUMBER | None, "vocab_size": NUMBER | None, "counts": list | None}
+# Repeats of one training differ in what they draw, and each may start from its own repeat of a pretraining or a teacher.
+SEEDS = ("seed", "labels.seed")
+ORIGINS = ("init.path", "distill.teacher")
+INDICES = ("data.index", "evaluation.index")
 
 
 @dataclass(frozen=True)
@@ -34,6 +41,7 @@ class RunFolder:
         finished: whether this very recipe was trained to its end.
         recipe: hash of the recipe.
         revision: git revisions that wrote records, oldest first; empty where there is no record.
+        shared: whether another classifier or reference of the page has its arm's name.
     """
 
     folder: Path
@@ -47,12 +55,26 @@ class RunFolder:
     finished: bool
     recipe: str
     revision: str
+    shared: bool = False
 
     @property
     def arm(self) -> str:
         """What the run is called in comparisons."""
         named = [record.details["arm"] for record in self.records if "arm" in record.details]
         return str(named[-1] if named else self.config.get("arm") or self.name)
+
+    @property
+    def label(self) -> str:
+        """Its arm, with its own name where other runs share the arm."""
+        return f"{self.arm} ({self.name})" if self.shared else self.arm
+
+    @property
+    def terms(self) -> str:
+        """What runs must have in common for their mean to mean something: the recipe, but for seeds and what changes no number."""
+        settings = {name: value for name, value in flatten(self.config).items() if name not in (*SEEDS, *HARMLESS)}
+        origins = {name: bool(settings.get(name)) for name in ORIGINS}
+        indices = {name: str(Path(str(settings[name])).resolve()) for name in INDICES if settings.get(name)}
+        return json.dumps(settings | origins | indices, sort_keys=True, default=str)
 
     @property
     def seed(self) -> str:
@@ -83,21 +105,43 @@ def read_runs(folders: Sequence[Path]) -> list[RunFolder]:
     if not folders:
         raise SettingError("no run is given; name run folders: mimetic compare RUN... --out DIR")
     unique = list({Path(folder).resolve(): Path(folder) for folder in folders}.values())
-    return [_read(folder, name) for folder, name in zip(unique, _names(unique), strict=True)]
+    runs = [_read(folder, name) for folder, name in zip(unique, _names(unique), strict=True)]
+    arms = [run.arm for run in runs if run.kind in ("classify", "reference")]
+    return [dataclasses.replace(run, shared=arms.count(run.arm) > 1) for run in runs]
 
 
 def _read(folder: Path, name: str) -> RunFolder:
     config, text = _config(folder)
-    lines = read_lines(folder / "records.jsonl")
+    lines = _lines(folder / "records.jsonl", _is_record)
     records = tuple(Record(**{key: value for key, value in line.items() if key in FIELDS}) for line in lines)
     kind = str(lines[-1].get("kind", "unknown")) if lines else _kind(config)
-    logged = tuple(line for line in read_lines(folder / "metrics.jsonl") if "loss" in line and "samples" in line)
+    logged = tuple(line for line in _lines(folder / "metrics.jsonl", _is_log) if "loss" in line and "samples" in line)
     pictures = sorted((folder / "samples").glob("*.png"))
     revisions = dict.fromkeys(str(line["revision"]) for line in lines if "revision" in line)
     finished = bool(records) if kind == "reference" else _finished(folder, config)
     recipe = str(lines[-1].get("recipe")) if lines else _recipe_hash(config)
     return RunFolder(folder, name, kind, config, text, records, logged, pictures[-1] if pictures else None, finished, recipe,
                      ", ".join(revisions))  # fmt: skip
+
+
+def _lines(file: Path, sound: Callable[[dict[str, Any]], bool]) -> list[dict[str, Any]]:
+    lines = read_lines(file)
+    for number, line in enumerate(lines, 1):
+        if not (isinstance(line, dict) and sound(line)):
+            raise CheckpointError(f"{file}: line {number} is damaged; remove it")
+    return lines
+
+
+def _is_record(line: dict[str, Any]) -> bool:
+    return {"metric", "value"} <= line.keys() and _fits(line, FIELDS) and _fits(line.get("details", {}), DETAILS)
+
+
+def _is_log(line: dict[str, Any]) -> bool:
+    return all(isinstance(value, NUMBER) for value in line.values())
+
+
+def _fits(values: dict[str, Any], kinds: dict[str, Any]) -> bool:
+    return all(isinstance(values[name], kind) for name, kind in kinds.items() if name in values)
 
 
 def _config(folder: Path) -> tuple[dict[str, Any], str]:

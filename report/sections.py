@@ -7,8 +7,9 @@ from typing import Any
 
 from mimetic.engine.run import Record
 from mimetic.report import plots
+from mimetic.report.headline import grouped
 from mimetic.report.page import Figure, Section, Table
-from mimetic.report.results import accuracy_metrics, arms_of, arms_table, best_first
+from mimetic.report.results import TEST, accuracy_metrics, arms_of, arms_table, best_first
 from mimetic.report.runs import RunFolder
 from mimetic.report.wording import percent, plain, seconds, slug, whole
 
@@ -32,8 +33,11 @@ def results(runs: Sequence[RunFolder]) -> Section:
     values = ", ".join(f"{label} {percent(value)}" for label, value, *_ in rows)
     png = plots.intervals(f"{name} (line: 95 % interval)", rows)
     figure = Figure(f"{slug(metrics[0])}.png", png, f"{name.capitalize()} of each arm: {values}", wide=True)
-    text = ("Intervals are 95 % Wilson score intervals: they cover the draw of test images, not the seed of the training. "
-            "Seconds are of training alone, and depend on what else the machine was doing.")  # fmt: skip
+    text = "Intervals are 95 % Wilson score intervals: they cover the draw of test images, not the seed of the training. "
+    if any(len(group.arms) > 1 for group in grouped(arms_of(runs, TEST))):
+        text += ("Where an arm's runs are averaged, their range stands beside the mean, and the interval of a difference covers the seed "
+                 "of that arm too, by Student's t over the spread of its runs. ")  # fmt: skip
+    text += "Seconds are of training alone, and depend on what else the machine was doing."
     return Section("Results", (text,), tables, (figure,) if rows else ())
 
 
@@ -99,7 +103,7 @@ def _metric_curves(runs: Sequence[RunFolder], members: Sequence[RunFolder], name
     for run in members:
         points = [(line["samples"], line[metric]) for line in run.metrics if metric in line]
         if points:
-            series.append(plots.Series(run.arm, _colour(runs, run), *zip(*points, strict=True)))
+            series.append(plots.Series(run.label, _colour(runs, run), *zip(*points, strict=True)))
     if not series:
         return None
     ends = ", ".join(f"{line.label} ends at {_value(line.ys[-1], share)}" for line in series)
@@ -113,7 +117,7 @@ def _evaluations(runs: Sequence[RunFolder], arms: Sequence[RunFolder], metric: s
     for run in arms:
         points = [(record.samples, record.value) for record in run.records if record.metric == metric]
         if len(points) > 1:
-            series.append(plots.Series(run.arm, _colour(runs, run), *zip(*points, strict=True)))
+            series.append(plots.Series(run.label, _colour(runs, run), *zip(*points, strict=True)))
     if not series:
         return None
     ends = ", ".join(f"{line.label} ends at {percent(line.ys[-1])}" for line in series)

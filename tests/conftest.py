@@ -1,8 +1,18 @@
 """What several test files share."""
 
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """Ends what a failed test has started and not ended."""
+    yield
+    if "tinyruns" in sys.modules:
+        sys.modules["tinyruns"].end_all()
 
 
 @pytest.fixture(scope="session")

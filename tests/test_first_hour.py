@@ -146,7 +146,7 @@ REFUSED = {  # name: (script, changed settings, what the line must say); {world}
     ),
     "evaluation on training images": ("classify", {"evaluation__index": "{data}"}, r"images that are trained on; .* disjoint draws"),
     "a skip without a draw": ("classify", {"labels__skip": 3}, r"labels\.skip is 3 but labels\.per_class is not set"),
-    "dead codes restarted never": ("dvae", {"dvae__restart_every": 0}, r"dvae\.restart_every is 0; it must be above 0"),
+    "dead codes restarted never": ("dvae", {"dvae__restart_every": 0}, r"dvae\.restart_every is 0; it must be 1 or more"),
     "beta above 1": ("beit", {"optim__beta2": 1.5}, r"optim\.beta2 is 1\.5; it must be in \[0, 1\)"),
     "no heads": ("beit", {"backbone__overrides__num_heads": 0}, r"no multiple of num_heads 0"),
     "mean of three channels": ("beit", {"views__mean": "[0.5,0.5,0.5]", "views__std": "[0.5,0.5,0.5]"}, r"3 values, images have 1 chan"),

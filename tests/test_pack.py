@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +22,10 @@ from PIL import Image
 from webdataset import tariterators
 
 from mimetic.data import index as index_module
+from mimetic.data import pack as pack_module
 from mimetic.data.decode import decode
 from mimetic.data.index import UNLABELLED, Index, draw_per_class, open_index
-from mimetic.data.pack import pack
+from mimetic.data.pack import pack, pack_and_tell
 from mimetic.engine.errors import DataError, SettingError
 
 RGB = noise(0, 9, 7, 3)
@@ -35,6 +38,14 @@ def packed(source: Path, out: Path, **options) -> Index:
 
 def contents(index: Index) -> dict[str, bytes]:
     return {row["key"].decode(): index.read(i) for i, row in enumerate(index.rows)}
+
+
+def told(capsys: pytest.CaptureFixture[str], source: Path, out: Path, channels: int | None = None) -> str:
+    """The last line of `mimetic pack`."""
+    pack_and_tell(source, out, 8192, 0.5, channels)
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out.splitlines()[-1]
 
 
 def labels(index: Index) -> dict[str, str]:
@@ -142,8 +153,39 @@ def test_a_flat_folder_and_images_beside_sub_folders_are_unlabelled(tmp_path):
         assert_sound(index)
 
 
+def test_why_a_tree_with_images_beside_its_sub_folders_has_no_labels_is_told(tmp_path, capsys):
+    files = {f"{folder}/{i}.png": encoded(RGB) for folder in "ab" for i in range(2)}
+    source = folder_of(tmp_path / "src", files)
+    assert "4 images, 2 classes, 1 shards: " in told(capsys, source, tmp_path / "out")
+    folder_of(source, {"cover.bmp": encoded(RGB, "bmp")})
+    assert "5 images, no labels (cover.bmp lies beside the sub-folders; move it into one to have classes), " in told(
+        capsys, source, tmp_path / "out"
+    )
+    folder_of(source, {f"{i}.png": encoded(RGB) for i in range(2)})
+    assert "no labels (0.png and 2 more lie beside the sub-folders; move them into one" in told(capsys, source, tmp_path / "out")
+    assert "7 images, no labels, 1 shards: " in told(capsys, grey_folder(tmp_path / "flat", 7), tmp_path / "out")
+
+
+def test_files_of_other_kinds_are_counted(tmp_path, capsys):
+    source = folder_of(grey_folder(tmp_path / "src", 3), {f"{i}.HEIC": b"photo" for i in range(9)})
+    assert "3 images, no labels, 1 shards, 9 files of other kinds left out (.heic): " in told(capsys, source, tmp_path / "out")
+    folder_of(source, dict.fromkeys(["a.txt", "b.txt", "README", ".DS_Store", "._0000.png", "._0001.png", ".git/HEAD"], b"x"))
+    (source / "gone.png").symlink_to("nowhere")
+    assert ", 16 files of other kinds left out (.heic, hidden, .txt ...): " in told(capsys, source, tmp_path / "out")
+    with pytest.raises(DataError, match=r"no image in it, 1 file of other kinds left out \(no extension\); known are \.png"):
+        pack(folder_of(tmp_path / "none", {"README": b"x"}), tmp_path / "out")
+
+
+def test_shards_inside_the_source_are_no_images(tmp_path, capsys):
+    source = grey_folder(tmp_path / "src", 3)
+    first, second = (told(capsys, source, source / "shards") for _ in range(2))
+    assert first == second
+    assert first.startswith("3 images, no labels, 1 shards: ")
+
+
 def test_a_tree_keeps_its_bytes_in_every_format(tmp_path):
-    kinds = {"jpg": "jpeg", "jpeg": "jpeg", "png": "png", "bmp": "bmp", "tif": "tiff", "tiff": "tiff", "gif": "gif", "webp": "webp"}
+    kinds = {"jpg": "jpeg", "jpeg": "jpeg", "jpe": "jpeg", "jfif": "jpeg", "png": "png", "bmp": "bmp", "tif": "tiff", "tiff": "tiff",
+             "gif": "gif", "webp": "webp", "ppm": "ppm", "pgm": "ppm", "pnm": "ppm"}  # fmt: skip
     files = {f"c/{suffix}.{suffix}": encoded(RGB, kind) for suffix, kind in kinds.items()} | {"c/npy.npy": as_npy(RGB)}
     index = packed(folder_of(tmp_path / "src", files), tmp_path / "out")
     assert contents(index) == {name.partition(".")[0]: content for name, content in files.items()}
@@ -197,6 +239,18 @@ def test_hidden_files_are_left_out_and_linked_folders_are_not(tmp_path):
     assert labels(index) == {"a/x": "a", "b/w": "b"}
 
 
+def test_links_that_lead_back_or_cross_come_to_an_end(tmp_path):
+    source = folder_of(tmp_path / "src", {"a/x.png": encoded(RGB), "b/y.png": encoded(RGB)})
+    for link, target in (("self", "."), ("a/self", "."), ("a/up", ".."), ("a/cross", "../b"), ("b/cross", "../a")):
+        (source / link).symlink_to(target)
+    assert labels(packed(source, tmp_path / "out")) == {"a/x": "a", "a/cross/y": "a", "b/y": "b", "b/cross/x": "b"}
+    hub = folder_of(tmp_path / "hub", {f"c/{i}/x.png": encoded(RGB) for i in range(12)})
+    for i in range(12):
+        for j in range(12):
+            (hub / f"c/{i}/to-{j}").symlink_to(f"../{j}")  # 12! paths
+    assert len(packed(hub, tmp_path / "out")) == 12
+
+
 # Pixels
 
 
@@ -218,6 +272,51 @@ def test_arrays_keep_their_channels_and_say_which_dtype_is_wanted(tmp_path):
     for i, row in enumerate(index.rows):
         assert (decode(index.read(i), 5).numpy() == arrays[int(row["key"])].transpose(2, 0, 1)).all()
     assert "npy of float32 (6, 5, 7); it must be uint8 (H, W, C)" in (tmp_path / "out" / "rejected.tsv").read_text()
+
+
+def test_a_coloured_picture_counts_wherever_it_comes(tmp_path, monkeypatch):
+    monkeypatch.setattr(pack_module, "LOOK", 2)
+    for coloured in range(5):
+        files = {f"{i}.png": encoded(noise(i, 6, 6, 3) if i == coloured else noise(i, 6, 6)) for i in range(5)}
+        assert packed(folder_of(tmp_path / "src", files), tmp_path / "out").channels == 3
+
+
+def test_an_odd_array_among_photos_is_rejected_not_they(tmp_path):
+    odd = as_npy(noise(1, 6, 6, 5))
+    source = folder_of(tmp_path / "src", {f"{i}.png": encoded(noise(i, 6, 6, 3)) for i in range(9)} | {"odd.npy": odd})
+    assert packed(source, tmp_path / "out", max_bad=0.1).channels == 3
+    assert (tmp_path / "out" / "rejected.tsv").read_text() == f"{source}/odd.npy\t5 channels, where 3 are wanted\n"
+    source = folder_of(tmp_path / "arrays", {f"{i}.npy": odd for i in range(9)} | {"odd.png": encoded(GREY)})
+    assert packed(source, tmp_path / "out", max_bad=0.1).channels == 5
+    assert (tmp_path / "out" / "rejected.tsv").read_text() == f"{source}/odd.png\t3 channels, where 5 are wanted\n"
+
+
+@pytest.mark.parametrize("kind", ["tree", "idx"])
+def test_a_grey_set_is_packed_like_a_coloured_one_on_request(tmp_path, kind):
+    source = idx_files(tmp_path / "src", noise(1, 6, 6, 6)) if kind == "idx" else grey_folder(tmp_path / "src", 6)
+    grey, asked = packed(source, tmp_path / "grey"), packed(source, tmp_path / "asked", channels=3)
+    assert (grey.channels, asked.channels) == (1, 3)
+    assert contents(grey) == contents(asked)
+    assert (asked.mean, asked.std) == (grey.mean * 3, grey.std * 3)
+    with pytest.raises(DataError, match="3 channels, where 5 are wanted"):
+        pack(source, tmp_path / "out", channels=5)
+    with pytest.raises(SettingError, match="--channels is 0"):
+        pack(source, tmp_path / "out", channels=0)
+
+
+def test_a_coloured_set_is_packed_grey_on_request(tmp_path):
+    index = packed(folder_of(tmp_path / "src", {"a.png": encoded(RGB)}), tmp_path / "out", channels=1)
+    assert index.channels == 1
+    assert index.mean[0] == pytest.approx(np.asarray(Image.fromarray(RGB).convert("L")).mean() / 255, abs=1e-6)
+
+
+def test_large_pictures_are_read_in_silence_and_huge_ones_rejected(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow warns beyond, and stops beyond twice that
+    files = {"small.png": noise(1, 10, 10), "large.png": noise(2, 40, 40), "huge.png": noise(3, 50, 50)}
+    source = folder_of(tmp_path / "src", {name: encoded(pixels) for name, pixels in files.items()})
+    assert "2 images, no labels, 1 shards, 1 unreadable" in told(capsys, source, tmp_path / "out")
+    reason = "Image size (2500 pixels) exceeds limit of 2000 pixels; cut it into tiles"
+    assert (tmp_path / "out" / "rejected.tsv").read_text() == f"{source}/huge.png\t{reason}\n"
 
 
 GREY = noise(3, 9, 7)
@@ -243,7 +342,7 @@ def test_pictures_of_every_mode_come_as_rgb(picture, options, expected):
 
 def test_sixteen_bit_grey_is_scaled_not_clipped():
     ramp = np.linspace(0, 65535, 64).reshape(8, 8).astype(np.uint16)
-    for kind in ("png", "tiff"):
+    for kind in ("png", "tiff", "ppm"):
         assert (decode(encoded(ramp, kind), 1).numpy()[0] == ramp // 256).all()
 
 
@@ -362,6 +461,22 @@ def test_damaged_idx_files_are_named(tmp_path):
         pack(folder_of(tmp_path / "c", {"photo.png": encoded(RGB)}) / "photo.png", tmp_path / "out")
 
 
+def test_damage_in_the_header_of_idx_files_is_named(tmp_path):
+    images = idx_files(tmp_path / "a", noise(1, 5, 4, 4), noise(2, 5, 1))
+    with pytest.raises(DataError, match=r"labels-idx1-ubyte: an idx file of shape \(5, 1\); labels have 1 dimension"):
+        pack(images, tmp_path / "out")
+    images.write_bytes(images.read_bytes()[:9])
+    with pytest.raises(DataError, match="images-idx3-ubyte is cut off: 9 bytes, its header alone has 16"):
+        pack(images, tmp_path / "out")
+    with pytest.raises(DataError, match=r"images-idx3-ubyte: an idx file of shape \(0, 4, 4\)"):
+        pack(idx_files(tmp_path / "empty", noise(1, 0, 4, 4), noise(1, 0)), tmp_path / "out")
+    gz = idx_files(tmp_path / "b", noise(1, 5, 4, 4), suffix=".gz")
+    content = gz.read_bytes()
+    gz.write_bytes(content[:10] + bytes(255 - byte for byte in content[10:20]) + content[20:])
+    with pytest.raises(DataError, match=r"idx3-ubyte\.gz: Error -3"):
+        pack(gz, tmp_path / "out")
+
+
 # The folder that is written
 
 
@@ -439,6 +554,53 @@ pack(Path({str(source)!r}), Path({str(tmp_path / "out")!r}), samples_per_shard=2
     assert (tmp_path / ".out.packing" / "shard-00000.tar").exists()
     assert len(packed(source, tmp_path / "out")) == 6
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "src"]
+
+
+def test_a_run_killed_between_its_renames_gives_the_old_shards_back(tmp_path):
+    source = grey_folder(tmp_path / "src", 6)
+    pack(source, tmp_path / "out")
+    before = hashes(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.replaced")
+    with pytest.raises(DataError, match="no such file or folder"):
+        pack(tmp_path / "misspelt", tmp_path / "out")
+    assert hashes(tmp_path / "out") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "src"]
+
+
+@pytest.mark.parametrize(
+    ("out", "reason"),
+    [("file/x", "file is a file"), ("file/deep/x", "file is a file"), ("x" * 300, "File name too long"), ("x" * 250, "File name too long"),
+     ("new/" + "x" * 250, "File name too long"), ("/proc/xx", "cannot be written")],
+    ids=["in-a-file", "below-a-file", "long", "long-while-packing", "long-in-a-new-folder", "no-disk"],
+)  # fmt: skip
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, out, reason):
+    source = grey_folder(tmp_path / "src", 3)
+    (tmp_path / "file").touch()
+    with pytest.raises(SettingError, match=reason) as caught:
+        pack(source, tmp_path / out)
+    assert str(tmp_path / out) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "src"]
+
+
+@contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
+    """A write beyond fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's, when it cannot end a shard
+@pytest.mark.parametrize(("size", "samples_per_shard"), [(2_000, 500), (11_000, 1)], ids=["a-shard", "the-table"])
+def test_a_full_disk_is_named_and_nothing_left_behind(tmp_path, size, samples_per_shard):
+    source = grey_folder(tmp_path / "src", 500, side=2)
+    with files_of_at_most(size), pytest.raises(DataError, match="new/out: the disk is full; nothing was left behind: free some space"):
+        pack(source, tmp_path / "new" / "out", samples_per_shard=samples_per_shard)
+    assert [path.name for path in tmp_path.iterdir()] == ["src"]
 
 
 # The index

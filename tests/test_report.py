@@ -1,8 +1,10 @@
 """The page from run folders: its numbers against other people's, its words in both directions, its form."""
 
 import base64
+import errno
 import io
 import json
+import os
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,14 +15,15 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 from PIL import Image
-from scipy.stats import binomtest
+from scipy.stats import binomtest, ttest_ind
 
 from mimetic.engine.config import flatten
-from mimetic.engine.errors import DataError, MimeticError, SettingError
+from mimetic.engine.errors import CheckpointError, DataError, MimeticError, SettingError
 from mimetic.report.compare import build_page, compare
 from mimetic.report.headline import headline
-from mimetic.report.intervals import difference, wilson
+from mimetic.report.intervals import difference, mean_difference, wilson
 from mimetic.report.page import escape_markdown
+from mimetic.report.plots import intervals
 from mimetic.report.runs import read_runs
 
 NASTY = '<b>"A & B"</b> | *x* `y` $z$ _w_ {{ 1 }}'
@@ -57,10 +60,11 @@ def log(**names: tuple[float, float]) -> list[dict[str, float]]:
 
 
 def arm(folder: Path, name: str, value: float, *, init: str | None = None, teacher: str | None = None, count: int = 10_000,
-        labels: int = 600, finished: bool = True, metric: str = "test_accuracy", seed: int = 0) -> Path:  # fmt: skip
-    """A classifier's run folder."""
+        labels: int = 600, finished: bool = True, metric: str = "test_accuracy", seed: int = 0,
+        **settings: Any) -> Path:  # fmt: skip
+    """A classifier's run folder; `settings` are sections of its recipe."""
     config = {"arm": name, "seed": seed, "backbone": BACKBONE, "init": {"path": init}, "distill": {"teacher": teacher},
-              "evaluation": {"index": "test"}}  # fmt: skip
+              "evaluation": {"index": "test"}, "labels": {"per_class": labels // 10, "seed": seed}} | settings  # fmt: skip
     records = [record(metric, value - 0.05, count, arm=name, labels=labels), record(metric, value, count, arm=name, labels=labels)]
     return write_run(folder, config, kind="classify", records=records, metrics=log(loss=(2.3, 0.4), train_accuracy=(0.1, 0.9)),
                      finished=finished)  # fmt: skip
@@ -155,6 +159,33 @@ def test_difference_covers() -> None:
     assert 0.93 < np.mean(inside) < 0.97
 
 
+def test_mean_difference_of_single_runs_is_their_difference() -> None:
+    assert mean_difference([0.793], 10_000, [0.730], 9_000) == difference(0.793, 10_000, 0.730, 9_000)
+
+
+def test_mean_difference_forgets_no_test_images() -> None:
+    # four copies of nothing new: the seeds add no spread, and twenty images remain twenty
+    ours, theirs = (binomtest(hits, 20).proportion_ci(confidence_level=0.95, method="wilson") for hits in (15, 14))
+    below, above = np.hypot(0.75 - ours.low, theirs.high - 0.7), np.hypot(ours.high - 0.75, 0.7 - theirs.low)
+    assert mean_difference([0.75, 0.75], 20, [0.7, 0.7], 20) == pytest.approx((0.05 - below, 0.05 + above), abs=1e-12)
+
+
+def test_mean_difference_of_endless_images_is_welchs() -> None:
+    ours, theirs = [0.78, 0.80, 0.81], [0.72, 0.75]
+    welch = ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    assert mean_difference(ours, 10**12, theirs, 10**12) == pytest.approx((welch.low, welch.high), abs=1e-6)
+
+
+@pytest.mark.parametrize(("runs", "seeds", "count"), [(2, 0.03, 10_000), (3, 0.03, 10_000), (3, 0.01, 10_000), (2, 0.03, 300)])
+def test_mean_difference_covers(runs: int, seeds: float, count: int) -> None:
+    # the images favour or harm all runs of an arm alike; a run's seed favours or harms it alone
+    generator, shares = np.random.default_rng(0), np.array([[0.79], [0.73]])
+    images = generator.normal(scale=np.sqrt(shares * (1 - shares) / count), size=(2000, 2, 1))
+    measured = shares + images + generator.normal(scale=seeds, size=(2000, 2, runs))
+    ends = [mean_difference(ours, count, theirs, count) for ours, theirs in measured.tolist()]
+    assert 0.93 < np.mean([low <= 0.06 <= high for low, high in ends]) < 0.99
+
+
 def test_headline_better(tmp_path: Path) -> None:
     said = told([arm(tmp_path / "a", "from scratch", 0.730), arm(tmp_path / "b", "fine-tuned", 0.793, init="x")])
     assert said == ["Fine-tuned from the pretrained backbone: 79.3 % (78.5 to 80.1) of 10,000 test images with 600 labels; "
@@ -191,7 +222,47 @@ def test_headline_speaks_of_the_mean_of_seeds(tmp_path: Path) -> None:
     plain = [arm(tmp_path / f"s{i}", "from scratch", value, seed=i) for i, value in enumerate((0.72, 0.74))]
     lead = told([*plain, *tuned])[0]
     assert "79.0 % (mean of 2 runs, 78.0 to 80.0)" in lead
-    assert "6.0 points more (4.0 to 8.0)" in lead
+    # 2 * 0.01**2 of the seeds, 0.36e-4 of the images: Student's t for 2.8 degrees of freedom is 3.32
+    assert "6.0 points more (0.9 to 11.1)" in lead
+    page = build_page(read_runs([*plain, *tuned]))
+    assert "covers the seed of that arm too" in page.sections[0].text[0]
+    assert "covers the seed of that arm too" not in build_page(read_runs([plain[0], tuned[0]])).sections[0].text[0]
+
+
+def test_repeats_of_a_whole_pipeline_are_averaged(tmp_path: Path) -> None:
+    runs = [arm(tmp_path / f"seed-{i}", "fine-tuned", 0.7 + i / 100, init=f"seed-{i}/pretrained", seed=i,
+                data={"index": "train" if i else "./train", "workers": i}, train={"epochs": 40.0, "log_every": i},
+                ) for i in range(3)]  # fmt: skip
+    assert "71.0 % (mean of 3 runs, 70.0 to 72.0)" in told(runs)[0]
+
+
+@pytest.mark.parametrize("other", [
+    {"init": None}, {"optim": {"lr": 1e-3}}, {"backbone": BACKBONE | {"name": "vit_small_patch16_224"}}, {"data": {"index": "other"}},
+    {"evaluation": {"index": "other"}},
+])  # fmt: skip
+def test_unlike_runs_of_one_name_are_told_apart(tmp_path: Path, other: dict[str, Any]) -> None:
+    alike: dict[str, Any] = {"init": "x", "optim": {"lr": 1e-2}, "data": {"index": "train"}}
+    runs = [arm(tmp_path / "h1", "fine-tuned", 0.79, **alike), arm(tmp_path / "h2", "fine-tuned", 0.73, **(alike | other))]
+    page = build_page(read_runs(runs))
+    assert page.headline[0].startswith("Fine-tuned from the pretrained backbone (h1): 79.0 % (78.2 to 79.8) of 10,000 test images")
+    assert "fine-tuned (h2)" in " ".join(page.headline)
+    assert [row[0] for row in page.sections[0].tables[0].rows] == ["fine-tuned (h1)", "fine-tuned (h2)"]
+    drawn = [figure.alt for section in page.sections for figure in section.figures]
+    assert len(drawn) == 4
+    assert all("fine-tuned (h1)" in alt and "fine-tuned (h2)" in alt for alt in drawn)
+
+
+def test_groups_of_one_name_list_their_runs(tmp_path: Path) -> None:
+    runs = [arm(tmp_path / name, "mine", 0.7, init="x", seed=seed, optim={"lr": rate})
+            for name, seed, rate in (("a", 0, 0.1), ("b", 1, 0.1), ("c", 0, 0.2))]  # fmt: skip
+    lead, other = told(runs)
+    assert lead.startswith("Fine-tuned from the pretrained backbone (mine, a, b): 70.0 % (mean of 2 runs, 70.0 to 70.0)")
+    assert other.startswith("mine (c): 70.0 % (69.1 to 70.9). No clear difference: fine-tuned (a, b) has 0.0 points more")
+
+
+def test_pictures_keep_what_tells_long_names_apart() -> None:
+    rows = [[(f"fine-tuned from the pretrained backbone ({name})", 0.5, None, 0)] for name in ("h1", "h2")]
+    assert intervals("accuracy", rows[0]) != intervals("accuracy", rows[1])
 
 
 def test_the_recipe_outweighs_the_name(tmp_path: Path) -> None:
@@ -300,3 +371,50 @@ def test_errors_are_one_line_with_a_cure(tmp_path: Path) -> None:
     (run / "config.yaml").write_text("a: [")
     with pytest.raises(MimeticError, match="is damaged"):
         compare([run], tmp_path / "out")
+
+
+@pytest.mark.parametrize("line", [
+    '{"metric": 5}', '{"metric": 5, "value": 1}', '{"metric": "m", "value": "0.7"}', '{"metric": "m", "value": null}', "[]", "5",
+    '{"metric": "m", "value": 1, "count": "all"}', '{"metric": "m", "value": 1, "details": {"labels": "few"}}', '{"value": 1}',
+])  # fmt: skip
+def test_a_damaged_record_is_one_line(tmp_path: Path, line: str) -> None:
+    run = arm(tmp_path / "a", "fine-tuned", 0.7, init="x")
+    with (run / "records.jsonl").open("a") as file:
+        file.write(f"{line}\n")
+    with pytest.raises(CheckpointError, match=r"a/records\.jsonl: line 3 is damaged; remove it$"):
+        compare([run], tmp_path / "out")
+
+
+@pytest.mark.parametrize("line", ['{"step": 1, "samples": 64, "loss": "high"}', "[]"])
+def test_a_damaged_log_is_one_line(tmp_path: Path, line: str) -> None:
+    run = arm(tmp_path / "a", "fine-tuned", 0.7, init="x")
+    (run / "metrics.jsonl").write_text(f"{line}\n")
+    with pytest.raises(CheckpointError, match=r"a/metrics\.jsonl: line 1 is damaged; remove it$"):
+        compare([run], tmp_path / "out")
+
+
+def test_a_full_disk_leaves_the_old_report_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs, out = [arm(tmp_path / "a", "fine-tuned", 0.7, init="x")], tmp_path / "out"
+    compare(runs, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    written: list[int] = []
+
+    def full(handle: int) -> None:
+        written.append(handle)
+        if len(written) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    runs.append(arm(tmp_path / "b", "from scratch", 0.6))
+    with pytest.raises(SettingError, match=r"cannot be written to .*out \(No space left on device\); free some space or give another"):
+        compare(runs, out)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+@pytest.mark.parametrize("out", ["/proc", "/proc/report", "a" * 300, "file/report", "dangling"])
+def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, out: str) -> None:
+    run = tokenizer(tmp_path / "t")
+    (tmp_path / "file").touch()
+    (tmp_path / "dangling").symlink_to("/proc/nowhere")
+    with pytest.raises(SettingError, match=rf"cannot be written to .*{out} \([A-Z][^\n]+\); give another --out$"):
+        compare([run], tmp_path / out)

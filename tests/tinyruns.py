@@ -24,6 +24,7 @@ from mimetic.tokenizers.files import save_tokenizer
 ROOT = Path(__file__).resolve().parent.parent
 CLASSES = 4
 TINY = {"patch_size": 4, "embed_dim": 32, "depth": 2, "num_heads": 2}
+STARTED: list["subprocess.Popen[str]"] = []
 MARK = "TINYRUN"
 PATIENCE = 120  # seconds that any process here may take; all of them need a few
 
@@ -153,6 +154,7 @@ def start(*command: str | Path, **options: Any) -> "subprocess.Popen[str]":
     environment = kept | {"OMP_NUM_THREADS": "1"} | options.pop("env", {}) | dict([mark.split("=")])
     process = subprocess.Popen([str(word) for word in command], text=True, start_new_session=True, cwd=ROOT, env=environment, **options)
     process.mark = mark.encode()  # type: ignore[attr-defined]  # all its descendants bear it, whatever session they are in
+    STARTED.append(process)
     return process
 
 
@@ -175,6 +177,14 @@ def finish(process: "subprocess.Popen[str]", patience: float = PATIENCE) -> "sub
 def script(path: str, arguments: list[str], **options: Any) -> "subprocess.CompletedProcess[str]":
     """`python SCRIPT ARGUMENTS`, to its end."""
     return finish(start(sys.executable, path, *arguments, **options))
+
+
+def end_all() -> None:
+    """A test that fails must not leave a training behind."""
+    while STARTED:
+        if (process := STARTED.pop()).poll() is None:
+            kill(process)
+            process.wait()
 
 
 def kill(process: "subprocess.Popen[str]") -> None:

@@ -38,8 +38,8 @@ class DVAEObjective(Objective):
         self._restart_seed = step if step % self.restart_every == 0 and progress < 0.75 else 0
 
     def forward(self, batch: Mapping[str, Any]) -> StepOutput:
-        """`image` uint8 (B, C, H, W)."""
-        image_BCHW = batch["image"].float() / 255
+        """`image` uint8 (B, C, H, W), `valid` bool (B,)."""
+        image_BCHW = only_valid(batch).float() / 255
         if self.training and self._restart_seed:
             self.dvae.restart_dead_codes(image_BCHW, self._restart_seed)
             self._restart_seed = 0
@@ -53,11 +53,18 @@ class DVAEObjective(Objective):
         return contact_sheet([image_BCHW, self.dvae.decode(self.dvae.encode(image_BCHW))])
 
 
+def only_valid(batch: Mapping[str, Any]) -> torch.Tensor:
+    """`image` with the batch's first valid one in place of each that is not: a shape known without a look at the device."""
+    valid_B = batch["valid"]
+    places_B = torch.arange(len(valid_B), device=valid_B.device)
+    return batch["image"][torch.where(valid_B, places_B, valid_B.int().argmax())]
+
+
 def evaluate_tokenizer(dvae: DVAE, batches: Iterable[Mapping[str, Any]], device: torch.device) -> list[Record]:
     """Code usage and reconstruction over held-out images, each counted once.
 
     Args:
-        batches: with `image` uint8 (B, C, H, W) and `valid`.
+        batches: with `image` uint8 (B, C, H, W) and `valid`, on the device.
 
     Returns:
         Records `codes_used` (share), `perplexity`, `perplexity_non_blank`, and `reconstruction_psnr` in dB.
@@ -66,8 +73,8 @@ def evaluate_tokenizer(dvae: DVAE, batches: Iterable[Mapping[str, Any]], device:
     error = torch.zeros(2, dtype=torch.float64, device=device)  # sum of squares, pixels
     images = torch.zeros(1, dtype=torch.float64, device=device)
     for batch in batches:
-        valid_B = batch["valid"].to(device)
-        image_BCHW = batch["image"].to(device)[valid_B].float() / 255
+        valid_B = batch["valid"]
+        image_BCHW = batch["image"][valid_B].float() / 255
         ids_BPQ = dvae.encode(image_BCHW)
         counts += count_codes(ids_BPQ, dvae.vocab_size)
         textured += count_codes(ids_BPQ[~blank_cells(image_BCHW, dvae.stride)], dvae.vocab_size)

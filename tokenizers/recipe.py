@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
+from mimetic.engine import ranges
 from mimetic.engine.config import DataSettings, OptimSettings, TrainSettings
-from mimetic.engine.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -35,9 +35,9 @@ class DvaeSettings:
     seed_images: int = 2048
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "stride", "width", "code_width", "restart_every", "seed_images", "temperature", "final_temperature"):
-            if getattr(self, name) <= 0:
-                raise SettingError(f"dvae.{name} is {getattr(self, name)}; it must be above 0")
+        ranges.require(self, "dvae", vocab_size=ranges.COUNT, stride=ranges.COUNT, width=ranges.COUNT, code_width=ranges.COUNT,
+                       depth=ranges.NOT_NEGATIVE, temperature=ranges.POSITIVE, final_temperature=ranges.POSITIVE,
+                       kl_weight=ranges.NOT_NEGATIVE, restart_every=ranges.COUNT, seed_images=ranges.COUNT)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,9 @@ class TokenizerViewSettings:
     image_size: int = 112
     crop_low: float = 0.5
     flip: float = 0.5
+
+    def __post_init__(self) -> None:
+        ranges.require(self, "views", image_size=ranges.COUNT, crop_low=ranges.SOME_SHARE, flip=ranges.SHARE)
 
 
 @dataclass(frozen=True)
@@ -71,3 +74,6 @@ class DvaeRecipe:
     views: TokenizerViewSettings = TokenizerViewSettings()
     evaluate_on: str | None = None
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        ranges.require(self, seed=ranges.SEED)

@@ -29,10 +29,10 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, ClassifyViews
     from mimetic.engine.checkpoints import newest
-    from mimetic.engine.loop import train
+    from mimetic.engine.loop import Evaluation, train
     from mimetic.tokenizers.dvae import DVAE
     from mimetic.tokenizers.files import save_tokenizer
-    from mimetic.tokenizers.objective import DVAEObjective, evaluate_tokenizer
+    from mimetic.tokenizers.objective import DVAEObjective, evaluate_tokenizer, only_valid
 
     torch.manual_seed(recipe.seed)
     index = open_index(recipe.data.index)
@@ -48,7 +48,7 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     dvae.to(accelerator.device)
     if newest(invocation.out / "checkpoints", tell=False) is None:  # the same images on every rank and world
         first = ShardStream(index, min(settings.seed_images, len(index)), seed=recipe.seed, transform=augment)
-        dvae.seed_codebook(next(iter(first))["image"].to(accelerator.device).float() / 255, recipe.seed)
+        dvae.seed_codebook(only_valid(next(iter(first))).to(accelerator.device).float() / 255, recipe.seed)
         same_on_all_ranks(dvae.state_dict().values())  # sums on a GPU differ in their last bits, and k-means amplifies that
     objective = DVAEObjective(
         dvae, settings.temperature, settings.final_temperature, settings.kl_weight, settings.restart_every
@@ -56,14 +56,15 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
 
     whole = ClassifyViews(views.image_size, None)
 
-    def evaluate(_: object) -> list:
-        batches = ShardStream(held_out, 256, shuffle=False, transform=whole, **ranks)
-        return evaluate_tokenizer(dvae, batches, accelerator.device)
+    evaluation = Evaluation(
+        lambda: ShardStream(held_out, 2 * recipe.data.batch_size, shuffle=False, transform=whole, **ranks),
+        lambda batches: evaluate_tokenizer(dvae, batches, accelerator.device),
+    )
 
     size = sum(p.numel() for p in dvae.parameters()) / 1e6
     title = f"dVAE tokenizer of {settings.vocab_size} codes, stride {settings.stride} ({size:.1f} M parameters), without labels"
     train(objective, stream, invocation=invocation, kind="tokenizer", accelerator=accelerator, title=title,
-          evaluate=evaluate if recipe.evaluate_on else None, shown=next(iter(ShardStream(held_out, 16, transform=whole))))  # fmt: skip
+          evaluation=evaluation if recipe.evaluate_on else None, shown=next(iter(ShardStream(held_out, 16, transform=whole))))  # fmt: skip
     if accelerator.is_main_process:
         save_tokenizer(dvae, invocation.out / "tokenizer")
         Run(invocation, "tokenizer").finish()
