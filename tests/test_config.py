@@ -151,6 +151,19 @@ def test_a_section_whose_every_line_is_commented_out_keeps_its_defaults(tmp_path
     assert parsed("--config", yaml_file(tmp_path, GOOD + text), "--out", "r", needed=[]).recipe.evaluation == Evaluation()
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"data: 5\n", r"recipe\.yaml: data is 5, but it is a section; write `data:` and its settings below, indented"),
+        (b"\xff\xfe\x00BM", r"recipe\.yaml is not yaml: "),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_named(tmp_path, content, message):
+    (tmp_path / "recipe.yaml").write_bytes(content)
+    with pytest.raises(SettingError, match=message):
+        parsed("--config", str(tmp_path / "recipe.yaml"))
+
+
 def test_a_missing_yaml_file_is_named():
     with pytest.raises(SettingError, match=r"nowhere\.yaml: No such file"):
         parsed("--config", "nowhere.yaml")
@@ -159,7 +172,9 @@ def test_a_missing_yaml_file_is_named():
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--data.batch_size", "many"], "batch_size"),
+        (["--data.batch_size", "many"], r"data\.batch_size is many; it must be a whole number$"),
+        (["--train.steps", "many"], r"train\.steps is many; it must be a whole number$"),
+        (["--out", " "], r"--out is empty; name the run folder"),
         (["--optim.lr", "-1"], r"optim\.lr is -1\.0; it must be above 0"),
         (["--optim.warmup", "1"], r"optim\.warmup is 1\.0"),
         (["--optim.layer_decay", "0"], r"optim\.layer_decay is 0\.0"),

@@ -16,6 +16,7 @@ from mimetic.tokenizers.clustering import draw_by_weight, kmeans, nearest
 from mimetic.tokenizers.codebook import Codebook
 from mimetic.tokenizers.contract import ImageTokenizer, TrainableTokenizer
 from mimetic.tokenizers.dvae import DVAE, gumbel_softmax, kl_to_uniform
+from mimetic.tokenizers.objective import only_valid
 from mimetic.tokenizers.usage import blank_cells, code_usage, count_codes
 
 
@@ -275,3 +276,9 @@ def test_usage_and_blank_cells():
     image_BCHW[0, 1, :4, 4:] = 0.5  # one colour in each channel: blank
     image_BCHW[0, 1, 5, 5] = 0.1  # a speck in one channel: not
     assert blank_cells(image_BCHW, 4).tolist() == [[[True, True], [True, False]]]
+
+
+def test_pictures_that_do_not_decode_are_replaced_by_a_valid_one():
+    image_BCHW = torch.arange(4)[:, None, None, None].expand(4, 1, 8, 8)
+    valid_B = torch.tensor([False, True, False, True])
+    assert only_valid({"image": image_BCHW, "valid": valid_B})[:, 0, 0, 0].tolist() == [1, 1, 1, 3]

@@ -21,6 +21,7 @@ from tinyruns import (
     classify_arguments,
     dvae_arguments,
     finish,
+    flip_byte,
     lines,
     losses,
     make_data,
@@ -82,7 +83,7 @@ def one_line(code: int, err: str) -> str:
 
 @pytest.fixture(scope="module")
 def lands(world, tmp_path_factory) -> Path:
-    """More places: `empty`, `colour` and `unlabelled` data, `two-classes`, a `wide` tokenizer for colour."""
+    """More data: `empty`, `colour`, `unlabelled`, `two-classes`, `one-class`; the world's own `repacked` and with classes `renamed`."""
     folder = tmp_path_factory.mktemp("lands")
     (folder / "empty").mkdir()
     from mimetic.data.pack import pack
@@ -92,6 +93,11 @@ def lands(world, tmp_path_factory) -> Path:
     pack(idx_files(folder / "idx", images, labels % 2), folder / "two-classes")
     from imagesets import encoded, folder_of, noise
 
+    pack(idx_files(folder / "idx-again", *structured(200, 16)), folder / "repacked", samples_per_shard=50)
+    shutil.copytree(world / "data", folder / "renamed")
+    index = json.loads((world / "data/index.json").read_text())
+    (folder / "renamed/index.json").write_text(json.dumps(index | {"classes": ["ant", "bee", "cat", "dog"]}))
+    pack(folder_of(folder / "alone", {f"only/{i}.png": encoded(noise(i, 16, 16)) for i in range(24)}), folder / "one-class")
     files = {f"{'ab'[i % 2]}/{i}.png": encoded(noise(i, 16, 16, 3)) for i in range(24)}
     pack(folder_of(folder / "tree", files), folder / "colour")
     return folder
@@ -155,6 +161,28 @@ REFUSED = {  # name: (script, changed settings, what the line must say); {world}
     "initialised and distilled": ("classify", {"init__path": "x", "distill__teacher": "y"}, r"path and distill\.teacher are both set"),
     "stride does not divide": ("dvae", {"views__image_size": 18}, r"image_size 18 is no multiple of dvae\.stride 4; use 16"),
     "more codes than cells": ("dvae", {"dvae__vocab_size": 4000, "dvae__seed_images": 100}, r"1600 cells cannot seed 4000 codes"),
+    "gradient reversed": ("beit", {"optim__clip": -1}, r"optim\.clip is -1\.0; it must be 0 or more"),
+    "no spread": ("beit", {"views__mean": "[0.5]", "views__std": "[0]"}, r"views\.std is \[0\.0\]; it must be above 0"),
+    "a mean alone": ("classify", {"views__mean": "[0.5]"}, r"views\.mean and views\.std belong together"),
+    "crop upside down": ("beit", {"views__crop_low": 0.9, "views__crop_high": 0.2}, r"crop_low is 0\.9, views\.crop_high 0\.2"),
+    "smoothing negative": ("classify", {"views__smoothing": -1}, r"views\.smoothing is -1\.0; it must be in \[0, 1\)"),
+    "pictures never": ("beit", {"train__picture_every": -3}, r"train\.picture_every is -3; it must be 1 or more"),
+    "tolerance negative": ("beit", {"data__max_bad": -1}, r"data\.max_bad is -1\.0; it must be in \[0, 1\]"),
+    "seed too large": ("dvae", {"seed": 1 << 40}, r"seed is 1099511627776; it must be in \[0, 4294967295\]"),
+    "no size": ("dvae", {"views__image_size": 0}, r"views\.image_size is 0; it must be 1 or more"),
+    "no blocks": ("beit", {"overrides": {"depth": 0}}, r"depth 0, .*: depth must be 1 or more"),
+    "depth in words": ("beit", {"overrides": {"depth": "four"}}, r"vit_tiny_patch16_224 cannot be built with .*'depth': 'four'"),
+    "oblong patches": ("beit", {"overrides": {"patch_size": [4, 8]}}, r"patch_size must be square"),
+    "init of other heads": ("classify", {"init__path": "{pretrained}", "overrides": {"num_heads": 4}}, r"num_heads 2 in .*, 4 here"),
+    "init of another size": ("classify", {"init__path": "{pretrained}", "backbone__image_size": 20}, r"16x16 .* 20x20; set .*size to 16"),
+    "one class": (
+        "classify", {"data__index": "{lands}/one-class", "evaluation__index": "{lands}/one-class", "labels__per_class": 16,
+                     "evaluation__labels__per_class": 4, "evaluation__labels__skip": 16}, r"has one class, only; a classifier"),
+    "teacher of classes with other names": (
+        "classify", {"distill__teacher": "{teacher}", **DISTILLED, "data__index": "{lands}/renamed", "labels__per_class": 8,
+                     "evaluation__index": "{lands}/renamed", "evaluation__labels__per_class": 4, "evaluation__labels__skip": 8},
+        r"trained for 4 classes \(0, 1, 2 \.\.\.\), the data has 4 classes \(ant, bee, cat"),
+    "evaluation on training images packed again": ("classify", {"evaluation__index": "{lands}/repacked"}, r"images that are trained on"),
     "held-out tokens missing": ("dvae", {"evaluate_on": "{lands}/nowhere"}, r"nowhere: no index\.json there"),
 }  # fmt: skip
 
@@ -334,6 +362,92 @@ def test_images_that_do_not_decode_are_counted_up_to_a_share(entry, world, tmp_p
     code, _, err = entry("beit", *beit_arguments(world, tmp_path / "more", data__index=tmp_path / "data", data__max_bad=0.2))
     assert (code, err) == (0, ""), "the corrected command works in the same folder"
     assert losses(tmp_path / "more")[-1] > 0
+
+
+def test_held_out_images_that_do_not_decode_are_listed_up_to_a_share_and_nothing_is_trained_twice(entry, world, tmp_path):
+    shutil.copytree(world / "held-out", tmp_path / "data")
+    spoil(tmp_path / "data", 2)  # of 70
+    few = classify_arguments(world, tmp_path / "few", evaluation__index=tmp_path / "data", data__max_bad=0.03)
+    code, out, err = entry("classify", *few)
+    assert (code, err) == (0, "")
+    assert "2 of the 70 held-out images did not decode" in out
+    assert [line["count"] for line in lines(tmp_path / "few", "records.jsonl")] == [68]
+    spoilt = [row["key"].decode() for row in np.load(tmp_path / "data/samples.npy")[:2]]
+    assert sorted((tmp_path / "few/skipped.txt").read_text().split()) == sorted(spoilt)
+
+    spoil(tmp_path / "data", 30)
+    line = entry.refused("classify", *classify_arguments(world, tmp_path / "many", evaluation__index=tmp_path / "data"))
+    assert re.fullmatch(r"30 of the 70 held-out images .*skipped\.txt; data\.max_bad tolerates 1\.0%; pack .*", line), line
+    trained = (tmp_path / "many/checkpoints/last/model.safetensors").read_bytes()
+    mended = classify_arguments(world, tmp_path / "many", evaluation__index=tmp_path / "data", data__max_bad=0.5)
+    code, out, _ = entry("classify", *mended)
+    assert code == 0
+    assert "going on after step 8" in out
+    assert "step 8/8" not in out, "the training is not repeated"
+    assert [line["count"] for line in lines(tmp_path / "many", "records.jsonl")] == [40]
+    assert (tmp_path / "many/checkpoints/last/model.safetensors").read_bytes() == trained
+
+
+# Folders and inputs that changed
+
+
+def test_a_tokenizer_that_changed_under_its_path_is_no_continuation(entry, world, tmp_path):
+    tokenizer = shutil.copytree(world / "tokenizer", tmp_path / "tokenizer")
+    arguments = beit_arguments(world, tmp_path / "run", train__steps=4, tokenizer__path=tokenizer)
+    assert entry("beit", *arguments)[0] == 0
+    flip_byte(tokenizer / "model.safetensors")
+    line = entry.refused("beit", *arguments)
+    assert re.search(r"tokenizer\.path .*tokenizer is not what it was when .*step-00000004 was written; use another --out", line), line
+
+
+def test_a_folder_that_is_no_run_is_left_alone(entry, world, tmp_path):
+    (tmp_path / "mine/backbone").mkdir(parents=True)
+    (tmp_path / "mine/backbone/notes.txt").write_text("mine")
+    line = entry.refused("beit", *beit_arguments(world, tmp_path / "mine"))
+    assert re.search(r"mine holds backbone and is no run; give a new folder", line), line
+    assert [path.name for path in (tmp_path / "mine").rglob("*")] == ["backbone", "notes.txt"]
+
+
+def test_a_finished_run_without_its_checkpoints_is_not_trained_over(entry, world, pretrained, tmp_path):
+    run = shutil.copytree(pretrained, tmp_path / "run")
+    shutil.rmtree(run / "checkpoints")
+    line = entry.refused("beit", *beit_arguments(world, run, train__steps=4, optim__lr=1e-3))
+    assert re.search(r"run holds a finished run of another recipe or of other data; use another --out", line), line
+    assert "is finished" in entry("beit", *beit_arguments(world, run, train__steps=4))[1]
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_trained_over(entry, world, pretrained, tmp_path):
+    run = shutil.copytree(pretrained, tmp_path / "run", symlinks=True)
+    (run / "finished.json").write_text("[]")
+    damaged = list((run / "checkpoints").glob("step-*/manifest.json"))
+    for manifest in damaged:
+        manifest.write_text('{"files": {}, "state": 5}')
+    line = entry.refused("beit", *beit_arguments(world, run, train__steps=4))
+    assert re.search(rf"all {len(damaged)} checkpoints in .*run/checkpoints are damaged; remove .*run to start afresh", line), line
+    assert lines(run) == lines(pretrained)
+
+
+def test_output_that_nobody_reads_ends_the_run_in_one_line(world, tmp_path):
+    process = start(sys.executable, "pretrain/beit.py", *beit_arguments(world, tmp_path / "run", train__steps=100_000, train__log_every=1))
+    process.stdout.readline()
+    process.stdout.close()
+    assert process.wait(60) == 1
+    assert process.stderr.read() == "mimetic: error: nobody reads the output any more\n"
+    process.stderr.close()
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"WORLD_SIZE": "two"}, r"WORLD_SIZE is two but that is no number of processes; .* or unset WORLD_SIZE"),
+        ({"WORLD_SIZE": "2"}, r"WORLD_SIZE is 2 but RANK is not set"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}, r"WORLD_SIZE is 2 but MASTER_ADDR is not set"),
+    ],
+)
+def test_a_launch_that_announces_what_it_does_not_set_up_is_refused(variables, message, world, tmp_path):
+    done = finish(start(sys.executable, "pretrain/beit.py", *beit_arguments(world, tmp_path / "run"), env=variables))
+    assert re.search(message, one_line(done.returncode, done.stderr))
+    assert not (tmp_path / "run").exists()
 
 
 # A full disk
