@@ -1,4 +1,4 @@
-"""Helpers to hold our nets against other people's: weights that leave no term at zero, and tolerances (DESIGN, section 6)."""
+"""Helpers to hold our nets against other people's: weights that leave no term at zero, and tolerances."""
 
 import torch
 from torch import Tensor, nn
