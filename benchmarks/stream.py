@@ -50,6 +50,8 @@ def plain(folder: Path, size: int) -> Iterator[list]:
 
 
 def main() -> None:
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
     folder, size = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 28
     torch.set_num_threads(1)
     masks = BlockMasks((7, 7), 20, 4)

@@ -5,13 +5,13 @@ classes; a flat folder has none. Image bytes of a tree pass through unchanged. S
 so that neighbours in a shard are not of one class, and equal input gives equal shards.
 """
 
-import errno
 import hashlib
 import json
 import os
 import shutil
 import tarfile
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -22,16 +22,15 @@ from typing import Any
 import numpy as np
 import webdataset
 
-from mimetic.data.decode import channels_of, decode
+from mimetic.data.decode import channels_of, decode, silence_pillow
 from mimetic.data.index import ROW, UNLABELLED, VERSION
 from mimetic.data.randomness import mix
 from mimetic.data.sources import Item, find_items, left_out
 from mimetic.engine.config import write_atomically
-from mimetic.engine.errors import DataError, SettingError
+from mimetic.engine.errors import DataError, SettingError, disk_is_full
 
 OURS = ("index.json", "samples.npy", "rejected.tsv", "shard-*.tar")
 LOOK = 256  # images that are asked whether they are pictures or arrays of more channels
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, None)  # None: numpy tells of a short write without a number
 
 
 @dataclass
@@ -81,7 +80,8 @@ def pack(
     if channels is not None and channels < 1:
         raise SettingError(f"--channels is {channels}; 1 is grey, 3 is colour, arrays may have more")
     temporary, replaced = (out.with_name(f".{out.name}.{state}") for state in ("packing", "replaced"))
-    with _in_one_line(out):
+    with _in_one_line(out), warnings.catch_warnings():
+        silence_pillow()
         _put_back(replaced, out)
         _refuse_to_overwrite(out)
         found = find_items(source, out)
@@ -110,7 +110,7 @@ def _in_one_line(out: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in DISK_FULL:
+        if disk_is_full(error):
             raise DataError(f"{out}: the disk is full; nothing was left behind: free some space and pack again") from None
         raise SettingError(f"{out} cannot be written ({error.strerror}); give another folder") from None
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from mimetic.data.decode import decode
+from mimetic.data.decode import decode, silence_pillow
 from mimetic.data.index import Index
 from mimetic.data.randomness import mix
 from mimetic.engine.errors import CheckpointError, DataError, SettingError
@@ -211,6 +211,7 @@ def _stacked(images: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
 def _start_worker(_: int) -> None:
     """One thread, and no words of its own when the run is interrupted: the first process speaks and ends the workers."""
     torch.set_num_threads(1)
+    silence_pillow()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     sys.excepthook = _unless_left
 

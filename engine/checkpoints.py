@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mimetic.engine.config import write_atomically
-from mimetic.engine.errors import CheckpointError
-from mimetic.engine.runtime import disk_is_full
+from mimetic.engine.errors import CheckpointError, disk_is_full
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

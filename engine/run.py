@@ -15,8 +15,7 @@ import numpy as np
 import yaml
 
 from mimetic.engine.config import Invocation, flatten, recipe_dict, recipe_hash, write_atomically
-from mimetic.engine.errors import CheckpointError, LaunchError, SettingError
-from mimetic.engine.runtime import disk_is_full
+from mimetic.engine.errors import CheckpointError, LaunchError, SettingError, disk_is_full
 
 # Settings that change no number of the training: a checkpoint may be continued under others.
 HARMLESS = ("data.workers", "data.max_bad", "train.log_every", "train.checkpoint_every", "train.keep", "train.picture_every",

@@ -1,7 +1,6 @@
 """Starting up: processes, devices and precision through Accelerate; ending: one clear line for what the user can cure."""
 
 import ctypes
-import errno
 import logging
 import os
 import signal
@@ -12,13 +11,12 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from mimetic.engine.config import OptimSettings, TrainSettings
-from mimetic.engine.errors import LaunchError, MimeticError
+from mimetic.engine.errors import LaunchError, MimeticError, disk_is_full
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
 
-DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PATIENCE = 5  # seconds in which a launcher notices that a process has ended, and ends the others
 
 
@@ -28,6 +26,7 @@ def run_entry(main: Callable[[], None]) -> None:
     Under a launcher the first process speaks. The others wait a moment before they do: when all stop for the same reason, the
     launcher has ended them by then, and when one stops alone, its reason is not lost.
     """
+    _quiet()
     try:
         main()
     except MimeticError as error:
@@ -47,13 +46,6 @@ def run_entry(main: Callable[[], None]) -> None:
             raise
         what = " ".join(str(error).split("\n")[0].split())
         _leave(f"the disk is full ({what}); free some space and give the same command: it goes on from the last checkpoint", 2)
-
-
-def disk_is_full(error: Exception) -> bool:
-    """Whether a write failed for want of space; torch and safetensors raise kinds of their own for that."""
-    words = str(error).lower()
-    known = ("no space left", "storagefull", "code: 28", "disk quota", "file too large", "failed writing file", "unexpected pos")
-    return getattr(error, "errno", None) in DISK_FULL or any(word in words for word in known)
 
 
 def _peer_is_gone(error: Exception) -> bool:
@@ -77,7 +69,6 @@ def start(train: TrainSettings, optim: OptimSettings, batch_size: int) -> "Accel
     Raises:
         LaunchError: the processes that exist are not those that the launcher announced.
     """
-    _quiet()
     _end_with_launcher()
     # OpenMP's threads spin while they wait for each other. On a CPU that they share with a worker or another program, the one
     # that is missing then waits for those that spin: small steps ran ten times slower. Read when torch is loaded.
@@ -178,4 +169,4 @@ def _quiet() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for name in ("DeepSpeed", "deepspeed", "torch.distributed.run", "accelerate", "torch.utils.cpp_extension"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(deepspeed|accelerate|torch\.distributed)\b.*")
+    warnings.filterwarnings("ignore", module=r"(deepspeed|accelerate|torch\.distributed|PIL)\b.*")

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mimetic.engine.config import write_atomically
-from mimetic.engine.errors import SettingError
-from mimetic.engine.runtime import disk_is_full
+from mimetic.engine.errors import SettingError, disk_is_full
 from mimetic.report import sections
 from mimetic.report.headline import headline
 from mimetic.report.page import Page, Section, Source, Table, render_html, render_markdown

@@ -1,10 +1,8 @@
 """What a newcomer meets: bad input is one clear line that names the thing and the cure, exit code 2, and nothing left behind."""
 
-import contextlib
 import json
 import os
 import re
-import resource
 import shutil
 import signal
 import subprocess
@@ -15,11 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from imagesets import grey_folder, idx_files
+from PIL import Image
 from safetensors.torch import load_file
 from tinyruns import (
     beit_arguments,
     classify_arguments,
     dvae_arguments,
+    files_of_at_most,
     finish,
     flip_byte,
     lines,
@@ -364,6 +364,14 @@ def test_images_that_do_not_decode_are_counted_up_to_a_share(entry, world, tmp_p
     assert losses(tmp_path / "more")[-1] > 0
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_large_pictures_are_read_in_silence(entry, world, tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 150)  # of 16x16: Pillow warns beyond, and stops beyond twice that
+    code, _, err = entry("beit", *beit_arguments(world, tmp_path / "run", train__steps=2, data__workers=workers))
+    assert (code, err) == (0, "")
+    assert not (tmp_path / "run/skipped.txt").exists(), "warnings are errors here"
+
+
 def test_held_out_images_that_do_not_decode_are_listed_up_to_a_share_and_nothing_is_trained_twice(entry, world, tmp_path):
     shutil.copytree(world / "held-out", tmp_path / "data")
     spoil(tmp_path / "data", 2)  # of 70
@@ -484,17 +492,6 @@ def test_a_full_disk_is_named_and_the_last_checkpoint_kept(entry, world, small_d
     whole = run_here("beit", beit_arguments(world, tmp_path / "whole", train__steps=8, train__checkpoint_every=2, train__picture_every=100))
     ours, theirs = (load_file(run / "backbone/model.safetensors") for run in (small_disk / "run", whole))
     assert all((ours[name] == theirs[name]).all() for name in theirs)
-
-
-@contextlib.contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A write beyond fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_disk_that_is_full_at_the_very_end_or_start_is_one_line_too(entry, world, pretrained, tmp_path):

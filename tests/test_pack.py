@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import resource
 import shutil
 import signal
 import subprocess
@@ -11,7 +10,6 @@ import sys
 import tarfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +17,7 @@ import pytest
 import webdataset
 from imagesets import as_npy, encoded, folder_of, grey_folder, idx_files, noise
 from PIL import Image
+from tinyruns import files_of_at_most
 from webdataset import tariterators
 
 from mimetic.data import index as index_module
@@ -581,17 +580,6 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, out, reason):
     assert str(tmp_path / out) in str(caught.value)
     assert "\n" not in str(caught.value)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "src"]
-
-
-@contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
-    """A write beyond fails as on a full disk."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # webdataset's, when it cannot end a shard
