@@ -1,10 +1,12 @@
 """Starting up: processes, devices and precision through Accelerate; ending: one clear line for what the user can cure."""
 
+import atexit
 import ctypes
 import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -29,6 +31,8 @@ def run_entry(main: Callable[[], None]) -> None:
     _quiet()
     try:
         main()
+        if "RANK" in os.environ:
+            _end()
     except MimeticError as error:
         _leave(str(error), 2)
     except KeyboardInterrupt:
@@ -46,6 +50,18 @@ def run_entry(main: Callable[[], None]) -> None:
             raise
         what = " ".join(str(error).split("\n")[0].split())
         _leave(f"the disk is full ({what}); free some space and give the same command: it goes on from the last checkpoint", 2)
+
+
+def _end() -> None:
+    """All that Python does at its end, short of taking the interpreter down.
+
+    Threads of a process group outlive it, and drop the last tensors that they summed a moment later. To do so they need the
+    interpreter; when that is being taken down, the whole process is aborted (pytorch#190489), and its launcher reports a failure.
+    """
+    threading._shutdown()  # type: ignore[attr-defined]  # multiprocessing ends its processes in these steps too
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def _peer_is_gone(error: Exception) -> bool:

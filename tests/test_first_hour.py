@@ -458,6 +458,37 @@ def test_a_launch_that_announces_what_it_does_not_set_up_is_refused(variables, m
     assert not (tmp_path / "run").exists()
 
 
+THREADS_AT_WORK = """
+import threading
+
+import torch
+
+from mimetic.engine.runtime import run_entry
+
+
+def work() -> None:
+    numbers = torch.randn(100_000)
+    while True:
+        numbers + numbers  # lets the interpreter go, and needs it again
+
+
+def main() -> None:
+    for _ in range(4):
+        threading.Thread(target=work, daemon=True).start()
+    print("trained")
+
+
+run_entry(main)
+"""
+
+
+def test_threads_that_outlive_the_training_do_not_abort_a_launched_process(tmp_path):
+    """Those of a process group do; without `RANK`, this very script is aborted."""
+    (tmp_path / "entry.py").write_text(THREADS_AT_WORK)
+    done = finish(start(sys.executable, tmp_path / "entry.py", env={"RANK": "0"}))
+    assert (done.returncode, done.stdout, done.stderr) == (0, "trained\n", "")
+
+
 # A full disk
 
 
