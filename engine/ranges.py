@@ -1,4 +1,4 @@
-"""Which numbers a setting may have; recipes refuse the others before anything is loaded."""
+"""Which numbers a setting may have, and which settings need each other; recipes refuse the rest before anything is loaded."""
 
 import math
 from typing import Any, NamedTuple
@@ -40,3 +40,13 @@ def require(settings: Any, section: str = "", **allowed: Range) -> None:
         for each in value if isinstance(value, list) else () if value is None else (value,):
             if not low <= each <= high or (above and each == low) or (below and each == high):
                 raise SettingError(f"{section}{'.' * bool(section)}{name} is {value}; it must be {allowed[name]}")
+
+
+def require_together(settings: Any, section: str, one: str, other: str) -> None:
+    """Refuses one of two settings without the other.
+
+    Raises:
+        SettingError: names both.
+    """
+    if (getattr(settings, one) is None) != (getattr(settings, other) is None):
+        raise SettingError(f"{section}.{one} and {section}.{other} belong together; give both or neither")

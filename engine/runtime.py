@@ -55,8 +55,8 @@ def run_entry(main: Callable[[], None]) -> None:
 def _end() -> None:
     """All that Python does at its end, short of taking the interpreter down.
 
-    Threads of a process group outlive it, and drop the last tensors that they summed a moment later. To do so they need the
-    interpreter; when that is being taken down, the whole process is aborted (pytorch#190489), and its launcher reports a failure.
+    Threads of a process group outlive it, and let go of their last tensors only a moment later. For that they need the interpreter;
+    if it is being taken down, the whole process is aborted (pytorch#190489), and the launcher reports a training as failed that was not.
     """
     threading._shutdown()  # type: ignore[attr-defined]  # multiprocessing ends its processes in these steps too
     atexit._run_exitfuncs()

@@ -93,8 +93,7 @@ class ClassifyViewSettings:
     def __post_init__(self) -> None:
         ranges.require(self, "views", crop_low=ranges.SOME_SHARE, shift=ranges.NOT_NEGATIVE, flip=ranges.SHARE, jitter=ranges.SHARE,
                        smoothing=ranges.BELOW_ONE, mixup=ranges.NOT_NEGATIVE, cutmix=ranges.NOT_NEGATIVE, std=ranges.POSITIVE)  # fmt: skip
-        if (self.mean is None) != (self.std is None):
-            raise SettingError("views.mean and views.std belong together; give both or neither")
+        ranges.require_together(self, "views", "mean", "std")
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,7 @@ class ViewSettings:
                        flip=ranges.SHARE, jitter=ranges.SHARE, target_size=ranges.COUNT, std=ranges.POSITIVE)  # fmt: skip
         if self.crop_low > self.crop_high:
             raise SettingError(f"views.crop_low is {self.crop_low}, views.crop_high {self.crop_high}; the low one must not be the larger")
-        if (self.mean is None) != (self.std is None):
-            raise SettingError("views.mean and views.std belong together; give both or neither")
+        ranges.require_together(self, "views", "mean", "std")
 
 
 @dataclass(frozen=True)

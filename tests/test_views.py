@@ -1,5 +1,7 @@
 """Views against torchvision's and Pillow's, and the promise that both views of BEiT show the same thing."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -49,6 +51,19 @@ def test_boxes_are_distributed_as_torchvisions(size, scale):
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, 2:] >= 1).all()
     assert (ours[:, :2] + ours[:, 2:] <= size).all()
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (1.0, 1.0)], ids=str)
+def test_boxes_of_a_tiny_image_are_as_common_as_torchvisions(scale):
+    """Where some tries fit and others do not, and few boxes are possible."""
+    torch.manual_seed(5)
+    blank = torch.empty(1, 3, 2)
+    theirs = [v2_get_params(blank, list(scale), [3 / 4, 4 / 3]) for _ in range(len(SEEDS))]
+    ours = [tuple(box) for box in random_boxes(SEEDS, np.tile((3, 2), (len(SEEDS), 1)), scale).tolist()]
+    boxes = sorted({*ours, *theirs})
+    counts = [[Counter(drawn)[box] for box in boxes] for drawn in (ours, theirs)]
+    assert len(boxes) > 2
+    assert stats.chi2_contingency(counts).pvalue > 0.001
 
 
 def measures(boxes: np.ndarray) -> list[np.ndarray]:
