@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mimetic.engine.errors import CheckpointError, SettingError
 
@@ -39,14 +40,18 @@ class Backbone(nn.Module, ABC):
         num_classes: outputs of the classifier; 0 for none.
         embed_dim: D of `map_BDhw` (the last stage's, where widths differ).
         feature_grid: (h, w) of `map_BDhw`.
-        mask_grid: (P, Q), the finest grid of `hidden_BPQ` that this backbone understands.
+        stem_grid: grid of the stem's output; `hidden_BPQ` may have any grid that divides it.
+        mask_grid: (P, Q), the grid of masks and tokens unless a recipe says otherwise: the feature grid of a backbone with one
+            resolution, twice that of one whose map shrinks to 1/32 (cells of 16 pixels).
         mask_token: learned stand-in for hidden cells. It is ours alone: timm's models have none, so it is left out of
             `timm_state_dict`. Without a mask it gets no gradient: freeze it for fine-tuning, or DDP waits for it.
         num_depths: how many values `depth_of` takes.
+        grad_checkpointing: forget what blocks computed and compute it again for the gradient: slower, in less memory.
         config: what `create_backbone(**config, **overrides)` needs to build this net again, as plain values: `name`,
             `image_size`, `in_channels`, `num_classes`, `overrides`. Empty for a net built without the catalog.
 
     Parameters are only read inside the `forward` of the module that owns them: ZeRO-3 gathers them there and nowhere else.
+    Those whose names begin with `head` serve `forward` alone: pretraining freezes them, fine-tuning starts them afresh.
     """
 
     image_size: Grid
@@ -54,12 +59,14 @@ class Backbone(nn.Module, ABC):
     num_classes: int
     embed_dim: int
     feature_grid: Grid
+    stem_grid: Grid
     mask_grid: Grid
     num_depths: int
 
     def __init__(self) -> None:
         super().__init__()
         self.config: dict[str, Any] = {}
+        self.grad_checkpointing = False
 
     @property
     @abstractmethod
@@ -73,7 +80,7 @@ class Backbone(nn.Module, ABC):
         Args:
             image_BCHW: normalised pixels, of the size that the backbone was built for.
             hidden_BPQ: bool, True = hidden. No output bit depends on a hidden pixel, be it NaN, nor does any gradient. The
-                grid must divide `mask_grid`; a coarser mask is repeated.
+                grid must divide `stem_grid`; a coarser mask is repeated.
             layers: indices (from 0) of layers whose output to return as well, before the final norm.
 
         Raises:
@@ -125,6 +132,18 @@ class Backbone(nn.Module, ABC):
                 raise CheckpointError(f"{key}: {shapes}; build the backbone with the arguments that these weights had")
         self.load_state_dict({name: state[key] for key, name in own.items()}, strict=False)
 
+    def run_block(self, block: nn.Module, *inputs: Any) -> Any:
+        """A block's output, under gradient checkpointing if that is on."""
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+    def check_layers(self, layers: Sequence[int]) -> None:
+        """Refuse indices of layers that are not there."""
+        last = self.num_depths - 3
+        if any(not 0 <= layer <= last for layer in layers):
+            raise SettingError(f"layers {list(layers)}: the backbone has blocks 0 to {last}")
+
     def check_image(self, image_BCHW: Tensor) -> None:
         """Refuse images of another size or channel count than the backbone was built for."""
         channels, *size = image_BCHW.shape[-3:]
@@ -141,6 +160,11 @@ def zero_hidden(image_BCHW: Tensor, hidden_BPQ: Tensor) -> Tensor:
     return torch.where(hidden_BHW[:, None], image_BCHW.new_zeros(()), image_BCHW)
 
 
+def hide(x: Tensor, hidden: Tensor, mask_token: Tensor) -> Tensor:
+    """The mask token where `hidden`, else x: by selection, so that nothing of x is left there, not even NaN."""
+    return torch.where(hidden, mask_token.to(x.dtype), x)
+
+
 def repeat_mask(hidden_BPQ: Tensor, grid: Sequence[int]) -> Tensor:
     """Repeat the mask to a finer grid: (B, P, Q) -> (B, *grid).
 
@@ -152,6 +176,18 @@ def repeat_mask(hidden_BPQ: Tensor, grid: Sequence[int]) -> Tensor:
         raise SettingError(f"the mask grid {p}x{q} does not divide the backbone's grid {height}x{width}: set the mask's grid "
                            f"to {height}x{width} or a divisor of it")
     return hidden_BPQ.repeat_interleave(height // p, -2).repeat_interleave(width // q, -1)
+
+
+def sides(size: int | Sequence[int], name: str = "image_size") -> Grid:
+    """(height, width) of a side or a pair.
+
+    Raises:
+        SettingError: less than 1.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if min(height, width) < 1:
+        raise SettingError(f"{name} {height}x{width} cannot be; a side is 1 or more")
+    return int(height), int(width)
 
 
 def _refuse_other_names(own: Mapping[str, str], state: Mapping[str, Tensor]) -> None:

@@ -4,7 +4,6 @@ Legend: B batch, C channels, H W pixels, P Q token grid, N tokens ([CLS] and [DI
 """
 
 import re
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mimetic.backbones.contract import Backbone, Features, Grid, repeat_mask, zero_hidden
+from mimetic.backbones.contract import Backbone, Features, Grid, hide, repeat_mask, sides, zero_hidden
+from mimetic.backbones.layers import drop_path, drop_path_rates, mlp
+from mimetic.backbones.windows import relative_position_index as patch_index
 from mimetic.engine.errors import CheckpointError, SettingError
 
 INIT_STD = 0.02
@@ -56,9 +57,9 @@ class ViT(Backbone):
         drop_path_rate: float = 0.0, head_init_scale: float = 1.0, weight_init: str = "beit",
     ) -> None:
         super().__init__()
-        self.image_size, self.patch_size = _pair(image_size), _pair(patch_size)
+        self.image_size, self.patch_size = sides(image_size), sides(patch_size, "patch_size")
         self.in_channels, self.num_classes, self.embed_dim, self.num_depths = in_channels, num_classes, embed_dim, depth + 2
-        self.mask_grid = self.feature_grid = _grid(self.image_size, self.patch_size)
+        self.mask_grid = self.feature_grid = self.stem_grid = _grid(self.image_size, self.patch_size)
         self.has_cls, self.has_dist, self.global_pool = class_token, dist_token, global_pool
         self._is_beit = not key_bias  # timm writes BEiT in a file of its own, with its own names
         relative = use_rel_pos_bias or use_shared_rel_pos_bias
@@ -74,7 +75,7 @@ class ViT(Backbone):
         )
         self.rel_pos_bias = RelativePositionBias(self.mask_grid, num_heads) if use_shared_rel_pos_bias else None
         window = self.mask_grid if relative and not use_shared_rel_pos_bias else None
-        mlp_width, rates = int(embed_dim * mlp_ratio), [drop_path_rate * i / max(depth - 1, 1) for i in range(depth)]
+        mlp_width, rates = int(embed_dim * mlp_ratio), drop_path_rates(drop_path_rate, [depth])[0]
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_width, qkv_bias, key_bias, init_values, window, rate) for rate in rates
         )
@@ -115,13 +116,12 @@ class ViT(Backbone):
 
     def _encode(self, image_BCHW: Tensor, hidden_BPQ: Tensor | None, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
         self.check_image(image_BCHW)
-        if any(not 0 <= layer < len(self.blocks) for layer in layers):
-            raise SettingError(f"layers {list(layers)}: the backbone has blocks 0 to {len(self.blocks) - 1}")
+        self.check_layers(layers)
         bias_1nNN = self.rel_pos_bias() if self.rel_pos_bias is not None else None
         x_BND = self.patch_embed(image_BCHW, hidden_BPQ)
-        seen = {}
+        seen: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks):
-            x_BND = block(x_BND, bias_1nNN)
+            x_BND = self.run_block(block, x_BND, bias_1nNN)
             if i in layers:
                 seen[i] = self._map(x_BND)
         return x_BND, [seen[layer] for layer in layers]
@@ -222,7 +222,7 @@ class PatchEmbedding(nn.Module):
             image_BCHW = zero_hidden(image_BCHW, hidden_BPQ)
         x_BND = rearrange(self.proj(image_BCHW), "B D P Q -> B (P Q) D")
         if hidden_BPQ is not None:
-            x_BND = torch.where(rearrange(hidden_BPQ, "B P Q -> B (P Q) 1"), self.mask_token, x_BND)
+            x_BND = hide(x_BND, rearrange(hidden_BPQ, "B P Q -> B (P Q) 1"), self.mask_token)
         if self.pos_embed is not None and self.patches_only:
             x_BND = x_BND + self.pos_embed
         prefix = [token.expand(len(x_BND), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
@@ -239,8 +239,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(width, eps=1e-6)
         self.attn = Attention(width, heads, qkv_bias, key_bias, window)
         self.norm2 = nn.LayerNorm(width, eps=1e-6)
-        fc1, fc2 = nn.Linear(width, mlp_width), nn.Linear(mlp_width, width)
-        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
+        self.mlp = mlp(width, mlp_width)
         self.gamma_1 = nn.Parameter(torch.full((width,), init_values)) if init_values else None
         self.gamma_2 = nn.Parameter(torch.full((width,), init_values)) if init_values else None
         self.drop_path = drop_path
@@ -253,10 +252,7 @@ class Block(nn.Module):
     def _branch(self, x_BND: Tensor, gamma_D: Tensor | None) -> Tensor:
         if gamma_D is not None:
             x_BND = x_BND * gamma_D
-        if not self.training or not self.drop_path:
-            return x_BND
-        kept_B11 = x_BND.new_empty(len(x_BND), 1, 1).bernoulli_(1 - self.drop_path)
-        return x_BND * kept_B11 / (1 - self.drop_path)
+        return drop_path(x_BND, self.drop_path, self.training)
 
 
 class Attention(nn.Module):
@@ -312,14 +308,12 @@ class RelativePositionBias(nn.Module):
 def relative_position_index(grid: Grid) -> Tensor:
     """Row of the bias table for each pair (query, key), int32 (N, N) with N = 1 + P * Q; [CLS] comes first."""
     p, q = grid
-    at_N2 = torch.cartesian_prod(torch.arange(p), torch.arange(q))
-    offset_NN2 = at_N2[:, None] - at_N2[None] + torch.tensor([p - 1, q - 1])
     offsets = (2 * p - 1) * (2 * q - 1)
-    index_NN = torch.full((1 + p * q, 1 + p * q), offsets + 1)  # patch to [CLS]
+    index_NN = torch.full((1 + p * q, 1 + p * q), offsets + 1, dtype=torch.int32)  # patch to [CLS]
     index_NN[0] = offsets  # [CLS] to patch
     index_NN[0, 0] = offsets + 2
-    index_NN[1:, 1:] = offset_NN2[..., 0] * (2 * q - 1) + offset_NN2[..., 1]
-    return index_NN.int()
+    index_NN[1:, 1:] = patch_index(grid)
+    return index_NN
 
 
 def sincos_positions(grid: Grid, width: int) -> Tensor:
@@ -337,13 +331,6 @@ def sincos_positions(grid: Grid, width: int) -> Tensor:
     at_N2 = torch.cartesian_prod(torch.arange(grid[0]), torch.arange(grid[1]))
     angle_N2d = at_N2[..., None] * 2 * torch.pi / wavelengths_d
     return rearrange(torch.stack([angle_N2d.sin(), angle_N2d.cos()], 2), "N a f d -> N (a f d)")
-
-
-def _pair(size: int | Sequence[int]) -> Grid:
-    height, width = (size, size) if isinstance(size, int) else size
-    if min(height, width) < 1:
-        raise SettingError(f"a side of {min(height, width)} pixels cannot be; image_size and patch_size are 1 or more")
-    return int(height), int(width)
 
 
 def _grid(image: Grid, patch: Grid) -> Grid:

@@ -1,0 +1,78 @@
+"""Parts that several families share.
+
+Legend: B batch, C channels, H W pixels, P Q mask grid, h w feature grid, N = h*w places, D width.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from mimetic.backbones.contract import Grid, hide, repeat_mask, zero_hidden
+from mimetic.engine.errors import SettingError
+
+
+def mlp(width: int, hidden: int, activation: Callable[[], nn.Module] = nn.GELU) -> nn.Sequential:
+    """The transformer's two linear layers with an activation between them, on the last axis."""
+    return nn.Sequential(OrderedDict(fc1=nn.Linear(width, hidden), act=activation(), fc2=nn.Linear(hidden, width)))
+
+
+def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
+    """Stochastic depth (arXiv:1603.09382): whole samples of a residual branch are dropped, the others scaled up."""
+    if not training or not rate:
+        return branch
+    kept = branch.new_empty(len(branch), *[1] * (branch.dim() - 1)).bernoulli_(1 - rate)
+    return branch * kept / (1 - rate)
+
+
+def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
+    """The rate of each block, stage by stage, rising linearly from 0 to `last` over all of them."""
+    if min(depths) < 1 or not 0 <= last < 1:
+        raise SettingError(f"depths {list(depths)}, drop_path_rate {last:g}: each depth must be 1 or more, drop_path_rate in [0, 1)")
+    rates = iter([last * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
+    return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+class PlacesLinear(nn.Linear):
+    """A linear layer over the places of a map, the same for every channel (ResMLP, arXiv:2105.03404); it knows one grid only."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        return super().forward(input.mT).mT
+
+
+class PatchStem(nn.Module):
+    """Pixels to a map: project patches, normalise, put the mask token at hidden cells. Channels come last, as in timm's.
+
+    Args:
+        grid: (h, w) of the map.
+        norm: after the projection, if any.
+    """
+
+    def __init__(self, grid: Grid, patch: Grid, channels: int, width: int, norm: nn.Module | None = None) -> None:
+        super().__init__()
+        self.grid = grid
+        self.proj = nn.Conv2d(channels, width, kernel_size=patch, stride=patch)
+        self.norm = norm if norm is not None else nn.Identity()
+        self.mask_token = nn.Parameter(torch.empty(1, 1, 1, width))
+        nn.init.trunc_normal_(self.mask_token, std=0.02)
+
+    def forward(self, image_BCHW: Tensor, hidden_BPQ: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) and bool (B, P, Q), True = hidden -> (B, h, w, D)."""
+        if hidden_BPQ is None:
+            return self.norm(rearrange(self.proj(image_BCHW), "B D h w -> B h w D"))
+        hidden_Bhw = repeat_mask(hidden_BPQ, self.grid)
+        x_BhwD = self.norm(rearrange(self.proj(zero_hidden(image_BCHW, hidden_Bhw)), "B D h w -> B h w D"))
+        return hide(x_BhwD, hidden_Bhw[..., None], self.mask_token)
+
+
+@torch.no_grad()
+def init_linear_(module: nn.Module) -> None:
+    """Weights of linear layers from a normal of 0.02 cut at two, biases 0: Swin's rule, PoolFormer's and Twins'."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.trunc_normal_(part.weight, std=0.02)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
