@@ -33,11 +33,14 @@ def list_backbones() -> list[str]:
     return list_backbones()
 
 
-def load_backbone(path: "str | Path") -> "Backbone":
-    """The backbone of an exported folder or a finished run; see `mimetic.backbones.files.load_backbone`."""
+def load_backbone(path: "str | Path", image_size: "int | Sequence[int] | None" = None, in_channels: int | None = None) -> "Backbone":
+    """The backbone of an exported folder or a finished run, fitted to another image size or channels where asked.
+
+    See `mimetic.backbones.files.load_backbone`.
+    """
     from mimetic.backbones.files import load_backbone
 
-    return load_backbone(path)
+    return load_backbone(path, image_size, in_channels)
 
 
 def open_tokenizer(path_or_name: "str | Path") -> "DVAE":

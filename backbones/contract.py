@@ -16,6 +16,7 @@ from mimetic.engine.errors import CheckpointError, SettingError
 Grid = tuple[int, int]
 ONLY_OURS = ("weight_init",)  # overrides that change no architecture, and mean something else to timm
 MASK_TOKEN = "mask_token"  # last part of its parameter's name, in every backbone
+TABLE = "relative_position_bias_table"  # likewise, of every bias that is learned per offset
 
 
 class Features(NamedTuple):
@@ -51,7 +52,6 @@ class Backbone(nn.Module, ABC):
             `image_size`, `in_channels`, `num_classes`, `overrides`. Empty for a net built without the catalog.
 
     Parameters are only read inside the `forward` of the module that owns them: ZeRO-3 gathers them there and nowhere else.
-    Those whose names begin with `head` serve `forward` alone: pretraining freezes them, fine-tuning starts them afresh.
     """
 
     image_size: Grid
@@ -101,6 +101,10 @@ class Backbone(nn.Module, ABC):
     @abstractmethod
     def no_weight_decay_names(self) -> set[str]:
         """Names of tokens, positions and bias tables: not 1-D, yet free of weight decay like biases and norms."""
+
+    def head_names(self) -> set[str]:
+        """Names of the parameters that serve `forward` alone: pretraining freezes them, fine-tuning starts them afresh."""
+        return {name for name, _ in self.named_parameters() if name.startswith("head")}
 
     def timm_name(self, name: str) -> str:
         """Name in timm's model of what `state_dict` calls `name`."""

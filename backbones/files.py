@@ -10,17 +10,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 
 from mimetic.backbones.catalog import arguments_of, create_backbone
 from mimetic.backbones.contract import MASK_TOKEN, Backbone
+from mimetic.backbones.resize import fitted, resized
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import CheckpointError, MimeticError
 
 WEIGHTS = "model.safetensors"
 MASK = "mask_token.safetensors"  # timm's models have none, and its strict loading would refuse it among the weights
 FILES = {"config.json", WEIGHTS, MASK}
+SAME = ("num_heads", "shifted", "token_mixers")  # arguments that change what weights mean, and no weight's shape
 
 
 def save_backbone(backbone: Backbone, folder: Path, *, mean: Sequence[float], std: Sequence[float],
@@ -70,11 +71,16 @@ def backbone_folder(path: str | Path) -> Path:
     raise CheckpointError(f"{path}: no backbone there (config.json and {WEIGHTS}); give a finished run or an exported folder")
 
 
-def load_backbone(path: str | Path) -> Backbone:
+def load_backbone(path: str | Path, image_size: int | Sequence[int] | None = None, in_channels: int | None = None) -> Backbone:
     """The backbone of an exported folder or a finished run, in eval mode, weights loaded strictly.
+
+    Args:
+        image_size: side or (H, W) in pixels; another than its own interpolates positions and bias tables.
+        in_channels: C; another number than its own sums or inflates the stem's weights.
 
     Raises:
         CheckpointError: nothing there, damaged, or not written by this program.
+        SettingError: an image size that the family does not allow.
     """
     folder = backbone_folder(path)
     try:
@@ -87,6 +93,8 @@ def load_backbone(path: str | Path) -> Backbone:
         raise
     except Exception as error:
         raise CheckpointError(f"{folder} is damaged or not of this program ({type(error).__name__}: {error})") from None
+    if image_size is not None or in_channels is not None:
+        backbone = resized(backbone, image_size, in_channels)
     return backbone.eval()
 
 
@@ -98,49 +106,34 @@ def copy_backbone(folder: Path, out: Path) -> None:
         shutil.copyfile(folder / name, out / name)
 
 
-def transfer(source: Backbone, target: Backbone) -> None:
+def transfer(source: Backbone, target: Backbone) -> list[str]:
     """Copies what was pretrained into a backbone for fine-tuning: same body, its own classifier and distillation token.
 
-    A relative position bias that all blocks shared is copied into each of them, as BEiT's fine-tuning does.
+    A relative position bias that all blocks shared is copied into each of them, as BEiT's fine-tuning does. At another image
+    size or for other channels, positions, bias tables and the stem are fitted; what has been fitted is returned in words.
 
     Raises:
         CheckpointError: the bodies differ; names the first weights that do not fit.
     """
+    _refuse_another_body(source, target)
+    fresh = {name for name in source.state_dict() | target.state_dict() if name.endswith((MASK_TOKEN, "dist_token"))}
+    fresh |= source.head_names() | target.head_names()
+    target.load_state_dict(fitted(source, target, fresh), strict=False)
+    said = []
+    if source.image_size != target.image_size:
+        said.append("positions interpolated from {} to {} pixels".format(*("x".join(map(str, n.image_size)) for n in (source, target))))
+    if source.in_channels != target.in_channels:
+        said.append(f"the stem adapted from {source.in_channels} to {target.in_channels} channels")
+    return said
+
+
+def _refuse_another_body(source: Backbone, target: Backbone) -> None:
+    """Differences that have a setting of their own, or that no shape would tell."""
     if source.num_depths != target.num_depths:
         theirs, ours = source.num_depths - 2, target.num_depths - 2  # stem and head are depths of their own
         raise CheckpointError(f"depth {theirs} in the pretrained backbone, {ours} here; set backbone.overrides.depth to {theirs}")
-    heads, here = (arguments_of(net.config).get("num_heads") for net in (source, target))
-    if heads != here:  # no shape would tell
-        raise CheckpointError(f"num_heads {heads} in the pretrained backbone, {here} here; set backbone.overrides.num_heads to {heads}")
-    given, wanted = source.state_dict(), target.state_dict()
-    for name in [name for name in given if name.startswith("rel_pos_bias.") and name not in wanted]:
-        if blocks := [other for other in wanted if other.endswith(f".attn.{name}")]:
-            table = given.pop(name)
-            given |= dict.fromkeys(blocks, table)
-    fresh = ("head", "head_dist", f"patch_embed.{MASK_TOKEN}", "patch_embed.dist_token")
-    taken = {}
-    for name, value in wanted.items():
-        if name.startswith(fresh):
-            continue
-        if name == "patch_embed.pos_embed" and name in given and len(value[0]) == len(given[name][0]) + 1:
-            # DeiT's distillation token comes second and has a position of its own, which starts as it was initialised.
-            taken[name] = torch.cat([given[name][:, :1], value[:, 1:2], given[name][:, 1:]], 1)
-        elif name not in given or given[name].shape != value.shape:
-            there = tuple(given[name].shape) if name in given else "nothing"
-            raise CheckpointError(f"{name}: {there} in the pretrained backbone, {tuple(value.shape)} here; {_cure(source, target)}")
-        else:
-            taken[name] = given[name]
-    for name in given:
-        if name not in taken and not name.startswith(fresh):
-            raise CheckpointError(f"{name}: {tuple(given[name].shape)} in the pretrained backbone, nothing here; {_cure(source, target)}")
-    target.load_state_dict(taken, strict=False)
-
-
-def _cure(source: Backbone, target: Backbone) -> str:
-    """What makes a backbone's body that of a pretrained one."""
-    if source.in_channels != target.in_channels:
-        return f"it was pretrained on {source.in_channels} channels, these images have {target.in_channels}; pack them with as many"
-    if source.image_size != target.image_size:
-        theirs, ours = ("x".join(map(str, net.image_size)) for net in (source, target))
-        return f"it was pretrained on {theirs} pixels, here are {ours}; set backbone.image_size to {source.image_size[0]}"
-    return "give backbone.overrides the values it was pretrained with"
+    given, wanted = arguments_of(source.config), arguments_of(target.config)
+    for name in SAME:
+        theirs, ours = (list(value) if isinstance(value, tuple) else value for value in (given.get(name), wanted.get(name)))
+        if theirs != ours:
+            raise CheckpointError(f"{name} {theirs} in the pretrained backbone, {ours} here; set backbone.overrides.{name} to {theirs}")

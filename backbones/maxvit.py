@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mimetic.backbones.contract import Grid, hide, repeat_mask, sides, zero_hidden
+from mimetic.backbones.contract import TABLE, Grid, hide, repeat_mask, sides, zero_hidden
+from mimetic.backbones.interpolation import resize_table
 from mimetic.backbones.layers import drop_path, drop_path_rates, mlp
 from mimetic.backbones.staged import Stage, Staged
 from mimetic.backbones.windows import Windows, attend, check_tiling, grid_order, relative_position_index, window_order
@@ -221,6 +222,7 @@ class RelativePositionBias(nn.Module):
 
     def __init__(self, window: Grid, heads: int) -> None:
         super().__init__()
+        self.window = window
         self.relative_position_bias_table = nn.Parameter(torch.empty(heads, 2 * window[0] - 1, 2 * window[1] - 1))
         nn.init.normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("index_NN", relative_position_index(window).T.contiguous(), persistent=False)
@@ -228,3 +230,8 @@ class RelativePositionBias(nn.Module):
     def forward(self) -> Tensor:
         """Bias on the attention scores, (n, N, N)."""
         return F.embedding(self.index_NN, self.relative_position_bias_table.flatten(1).T).permute(2, 0, 1).contiguous()
+
+    def resized_from(self, other: "RelativePositionBias") -> dict[str, Tensor]:
+        """The other's table for this window."""
+        table_Ln = resize_table(other.relative_position_bias_table.flatten(1).T, other.window, self.window)
+        return {TABLE: table_Ln.T.reshape(self.relative_position_bias_table.shape)}

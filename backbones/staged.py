@@ -9,7 +9,7 @@ from collections.abc import Container, Iterable, Sequence
 from einops import rearrange
 from torch import Tensor, nn
 
-from mimetic.backbones.contract import MASK_TOKEN, Backbone, Features, Grid
+from mimetic.backbones.contract import MASK_TOKEN, TABLE, Backbone, Features, Grid
 from mimetic.engine.errors import SettingError
 
 
@@ -98,4 +98,4 @@ class Staged(Backbone):
 
     def no_weight_decay_names(self) -> set[str]:
         """Names of the mask token and the position biases."""
-        return {name for name, _ in self.named_parameters() if name.endswith((MASK_TOKEN, "relative_position_bias_table"))}
+        return {name for name, _ in self.named_parameters() if name.endswith((MASK_TOKEN, TABLE))}

@@ -12,13 +12,13 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from mimetic.backbones.contract import Backbone, Features, Grid, hide, repeat_mask, sides, zero_hidden
+from mimetic.backbones.contract import TABLE, Backbone, Features, Grid, hide, repeat_mask, sides, zero_hidden
+from mimetic.backbones.interpolation import resize_positions, resize_table
 from mimetic.backbones.layers import drop_path, drop_path_rates, mlp
 from mimetic.backbones.windows import relative_position_index as patch_index
 from mimetic.engine.errors import CheckpointError, SettingError
 
 INIT_STD = 0.02
-TABLE = "relative_position_bias_table"
 
 
 class ViT(Backbone):
@@ -229,6 +229,19 @@ class PatchEmbedding(nn.Module):
         x_BND = torch.cat([*prefix, x_BND], dim=1)
         return x_BND if self.pos_embed is None or self.patches_only else x_BND + self.pos_embed
 
+    def resized_from(self, other: "PatchEmbedding") -> dict[str, Tensor]:
+        """The other's positions on this grid.
+
+        DeiT's distillation token comes second and has a position of its own; where the other has none, it stays as it is here.
+        """
+        if self.pos_embed is None or other.pos_embed is None or self.patches_only != other.patches_only:
+            return {}
+        prefix = 0 if other.patches_only else other.num_prefix
+        positions_1ND = resize_positions(other.pos_embed, other.grid, self.grid, prefix)
+        if prefix == 1 and self.dist_token is not None:
+            positions_1ND = torch.cat([positions_1ND[:, :1], self.pos_embed[:, 1:2], positions_1ND[:, 1:]], 1)
+        return {"pos_embed": positions_1ND}
+
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + MLP(norm(x)); each branch with layer scale and stochastic depth."""
@@ -294,6 +307,7 @@ class RelativePositionBias(nn.Module):
 
     def __init__(self, grid: Grid, heads: int) -> None:
         super().__init__()
+        self.window = grid
         offsets = (2 * grid[0] - 1) * (2 * grid[1] - 1)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(offsets + 3, heads))
         self.register_buffer("index_NN", relative_position_index(grid), persistent=False)
@@ -303,6 +317,10 @@ class RelativePositionBias(nn.Module):
         # F.embedding and not table[index]: the backward of advanced indexing differs between runs on several CPU threads.
         bias_NNn = F.embedding(self.index_NN, self.relative_position_bias_table)
         return rearrange(bias_NNn, "N M n -> 1 n N M").contiguous()
+
+    def resized_from(self, other: "RelativePositionBias") -> dict[str, Tensor]:
+        """The other's table for this grid; the scores that involve [CLS] stay."""
+        return {TABLE: resize_table(other.relative_position_bias_table, other.window, self.window)}
 
 
 def relative_position_index(grid: Grid) -> Tensor:

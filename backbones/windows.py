@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from mimetic.backbones.contract import Grid
+from mimetic.backbones.contract import TABLE, Grid
+from mimetic.backbones.interpolation import resize_table
 from mimetic.engine.errors import SettingError
 
 
@@ -225,6 +226,7 @@ class RelativePositionBias(nn.Module):
 
     def __init__(self, window: Grid, heads: int) -> None:
         super().__init__()
+        self.window = window
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * window[0] - 1) * (2 * window[1] - 1), heads))
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.register_buffer("index_NN", relative_position_index(window), persistent=False)
@@ -233,3 +235,7 @@ class RelativePositionBias(nn.Module):
         """Bias on the attention scores, (n, N, N)."""
         # F.embedding and not table[index]: the backward of advanced indexing differs between runs on several CPU threads.
         return F.embedding(self.index_NN, self.relative_position_bias_table).permute(2, 0, 1).contiguous()
+
+    def resized_from(self, other: "RelativePositionBias") -> dict[str, Tensor]:
+        """The other's table for this window."""
+        return {TABLE: resize_table(other.relative_position_bias_table, other.window, self.window)}

@@ -51,7 +51,7 @@ def main() -> None:
     batch = {"image": image, "target": image, "hidden": (order < HIDDEN).view(BATCH, 7, 7), "valid": torch.ones(BATCH, dtype=torch.bool)}
     backbone = create_backbone("vit_tiny_patch16_224", image_size=28, in_channels=1, **SHAPE)
     dvae = DVAE(256, 4, 1)
-    objective = MaskedImageModeling(backbone, dvae, TokenHead(96, 256, HIDDEN), Normalize((0.5,), (0.5,)), (7, 7), torch.device("cpu"))
+    objective = MaskedImageModeling(backbone, dvae, TokenHead(96, 256, HIDDEN), Normalize((0.5,), (0.5,)), torch.device("cpu"))
     theirs = timm.create_model("vit_tiny_patch16_224", img_size=28, in_chans=1, num_classes=256, **SHAPE)
     pixels, ids = image.float() / 255, torch.randint(0, 256, (BATCH * 49,))
     steps = {

@@ -105,6 +105,50 @@ class BlockMasks:
         return tuple(value[:, None, None] for value in (top_B, left_B, height_B, width_B))
 
 
+class UnitMasks:
+    """Masks made of square units of several cells: Swin's are of 32 pixels, where cells have 16 (SimMIM, arXiv:2111.09886).
+
+    Args:
+        coarse: makes masks on the grid of units.
+        unit: cells of a unit's side.
+    """
+
+    def __init__(self, coarse: MaskGenerator, unit: int) -> None:
+        self.coarse, self.unit, self.count = coarse, unit, coarse.count * unit * unit
+
+    def sample(self, seeds_B: NDArray[np.uint64]) -> torch.Tensor:
+        """`hidden_BPQ`, bool."""
+        return self.coarse.sample(seeds_B).repeat_interleave(self.unit, 1).repeat_interleave(self.unit, 2)
+
+
+def mask_generator(grid: tuple[int, int], count: int, *, kind: str = "block", min_block: int = 16, aspect: float = 0.3,
+                   unit: int = 1) -> MaskGenerator:  # fmt: skip
+    """The generator of a recipe.
+
+    Args:
+        grid: (P, Q) cells.
+        count: K, hidden cells per image.
+        kind: "block" as BEiT, or "random".
+        min_block: cells of the smallest block.
+        aspect: lowest aspect ratio of a block; the highest is its inverse.
+        unit: cells of the side of the squares that are hidden as one.
+
+    Raises:
+        SettingError: K, block or unit do not fit the grid.
+    """
+    area = unit * unit
+    if grid[0] % unit or grid[1] % unit:
+        raise SettingError(f"mask.unit is {unit} cells, which does not divide the {grid[0]}x{grid[1]} grid; give a divisor of its sides")
+    if count % area:
+        near = " or ".join(str(k) for k in (count // area * area, (count // area + 1) * area) if 0 < k <= grid[0] * grid[1])
+        raise SettingError(f"mask.count is {count}, no multiple of the {area} cells of a unit (mask.unit {unit}); use {near}")
+    units = grid[0] // unit, grid[1] // unit
+    coarse: MaskGenerator = RandomMasks(units, count // area)
+    if kind == "block":
+        coarse = BlockMasks(units, count // area, max(min_block // area, 1), aspect)
+    return coarse if unit == 1 else UnitMasks(coarse, unit)
+
+
 def _check_count(grid: tuple[int, int], count: int) -> None:
     cells = grid[0] * grid[1]
     if not 0 < count <= cells:

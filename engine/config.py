@@ -125,14 +125,16 @@ class BackboneSettings:
     """Which backbone, and how it departs from the catalog.
 
     Args:
-        name: A name of the catalog (`mimetic.list_backbones()`); they are timm's.
+        name: A name of the catalog (`mimetic models`); they are timm's. `timm:NAME` takes any other net of timm's.
         image_size: Side of the square input in pixels; the default is the name's own.
         overrides: Arguments that differ from the catalog's, under timm's names: embed_dim, depth, num_heads, patch_size, ...
+        grad_checkpointing: Compute each block's inside again for its gradient: a third slower, in far less memory.
     """
 
     name: str = "beit_base_patch16_224"
     image_size: int | None = None
     overrides: dict[str, Any] = dataclasses.field(default_factory=dict)
+    grad_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         ranges.require(self, "backbone", image_size=ranges.COUNT)

@@ -1,6 +1,7 @@
 """Building, saving and opening classifiers: a backbone of the catalog with its head, or the residual CNN."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,11 @@ def build_classifier(recipe: ClassifyRecipe, index: Index) -> tuple[Any, Normali
         network = ResidualCNN(index.channels, len(index.classes), size, **settings.overrides)
         return network, Normalize(tuple(mean), tuple(std)).for_channels(index.channels)
     model = create_backbone(settings.name, len(index.classes), settings.image_size, index.channels, **settings.overrides)
+    model.grad_checkpointing = settings.grad_checkpointing
     if recipe.init.path:
-        transfer(load_backbone(recipe.init.path), model)
+        for fitted in transfer(load_backbone(recipe.init.path), model):
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{recipe.init.path}: {fitted}", flush=True)
         saved_mean, saved_std = normalization(recipe.init.path)
         mean, std = views.mean or saved_mean, views.std or saved_std
     model.mask_token.requires_grad_(False)  # sees no hidden cell here; DDP would wait for its gradient

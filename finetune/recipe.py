@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
+from mimetic.backbones import catalog
 from mimetic.engine import ranges
 from mimetic.engine.config import BackboneSettings, DataSettings, OptimSettings, TrainSettings
 from mimetic.engine.errors import SettingError
+
+RESIDUAL_CNN = "residual_cnn"  # the one model that is no backbone: a teacher
 
 
 @dataclass(frozen=True)
@@ -121,3 +124,5 @@ class ClassifyRecipe:
         if self.init.path and self.distill.teacher:
             raise SettingError("init.path and distill.teacher are both set; an arm is either fine-tuned or distilled")
         ranges.require(self, seed=ranges.SEED)
+        if self.backbone.name != RESIDUAL_CNN:
+            catalog.check(self.backbone.name, self.backbone.overrides)

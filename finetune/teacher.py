@@ -3,7 +3,9 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-NAME = "residual_cnn"
+from mimetic.finetune.recipe import RESIDUAL_CNN as NAME
+
+__all__ = ["NAME", "ResidualCNN"]
 
 
 class ResidualBlock(nn.Module):

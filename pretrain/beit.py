@@ -27,13 +27,13 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     from mimetic.backbones.catalog import create_backbone
     from mimetic.backbones.files import save_backbone
     from mimetic.data.index import open_held_out, open_index
-    from mimetic.data.masks import BlockMasks, MaskGenerator, RandomMasks
+    from mimetic.data.masks import mask_generator
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, Normalize, PretrainViews
     from mimetic.engine.errors import SettingError
     from mimetic.engine.loop import Evaluation, train
     from mimetic.pretrain.evaluate import masked_accuracy
-    from mimetic.pretrain.mim import MaskedImageModeling, TokenHead
+    from mimetic.pretrain.mim import MaskedImageModeling, TokenHead, check_grids
     from mimetic.tokenizers.files import open_tokenizer
 
     index = open_index(recipe.data.index)
@@ -45,20 +45,19 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     settings, views, mask = recipe.backbone, recipe.views, recipe.mask
     torch.manual_seed(recipe.seed)
     backbone = create_backbone(settings.name, image_size=settings.image_size, in_channels=index.channels, **settings.overrides)
+    backbone.grad_checkpointing = settings.grad_checkpointing
     if len({side // cells for side, cells in zip(backbone.image_size, backbone.mask_grid, strict=True)}) > 1:
         raise SettingError("backbone.overrides.patch_size must be square here: the tokenizer's cells are")
     target_size = views.target_size or backbone.mask_grid[0] * tokenizer.stride
     if target_size % tokenizer.stride:
         raise SettingError(f"views.target_size {target_size} is no multiple of the tokenizer's stride {tokenizer.stride}; use "
                            f"{backbone.mask_grid[0] * tokenizer.stride}")  # fmt: skip
-    token_grid = (target_size // tokenizer.stride,) * 2
-    grid = backbone.mask_grid
-    masks: MaskGenerator = RandomMasks(grid, mask.count)
-    if mask.kind == "block":
-        masks = BlockMasks(grid, mask.count, mask.min_block, mask.aspect)
-    head = TokenHead(backbone.embed_dim, tokenizer.vocab_size, mask.count)
+    grid = (target_size // tokenizer.stride,) * 2
+    scale = check_grids(backbone, grid, tokenizer.stride)
+    masks = mask_generator(grid, mask.count, kind=mask.kind, min_block=mask.min_block, aspect=mask.aspect, unit=mask.unit)
+    head = TokenHead(backbone.embed_dim, tokenizer.vocab_size, mask.count, scale)
     normalize = Normalize(tuple(views.mean or index.mean), tuple(views.std or index.std)).for_channels(index.channels)
-    objective = MaskedImageModeling(backbone, tokenizer, head, normalize, token_grid, accelerator.device)
+    objective = MaskedImageModeling(backbone, tokenizer, head, normalize, accelerator.device)
     augmentation = Augmentation((views.crop_low, views.crop_high), views.shift, views.flip, views.jitter)
     ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
     training = PretrainViews(backbone.image_size[0], target_size, augmentation, masks)

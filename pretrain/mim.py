@@ -28,18 +28,26 @@ class TokenHead(nn.Module):
         width: D.
         vocab_size: V.
         count: K, the same in every image: with it known, gathering needs no look at the mask on the host.
+        scale: cells of the token grid on a side of a place of the map. Where it is more than one, a linear layer gives each
+            place of the map D numbers for each of its cells, and a pixel shuffle lays them out (SimMIM's decoder, arXiv:2111.09886).
     """
 
-    def __init__(self, width: int, vocab_size: int, count: int) -> None:
+    def __init__(self, width: int, vocab_size: int, count: int, scale: int = 1) -> None:
         super().__init__()
-        self.count = count
+        self.count, self.scale = count, scale
+        self.expand = nn.Linear(width, scale * scale * width) if scale > 1 else None
         self.linear = nn.Linear(width, vocab_size)
-        nn.init.trunc_normal_(self.linear.weight, std=0.02, a=-0.02, b=0.02)
-        nn.init.zeros_(self.linear.bias)
+        for layer in (self.linear, self.expand):
+            if layer is not None:
+                nn.init.trunc_normal_(layer.weight, std=0.02, a=-0.02, b=0.02)
+                nn.init.zeros_(layer.bias)
 
     def forward(self, map_BDhw: Tensor, hidden_BPQ: Tensor) -> Tensor:
         """Logits of the hidden cells, image by image, in reading order."""
-        return self.linear(gather_hidden(rearrange(map_BDhw, "B D h w -> B (h w) D"), hidden_BPQ, self.count))
+        x_BhwD = rearrange(map_BDhw, "B D h w -> B h w D")
+        if self.expand is not None:
+            x_BhwD = rearrange(self.expand(x_BhwD), "B h w (a b D) -> B (h a) (w b) D", a=self.scale, b=self.scale)
+        return self.linear(gather_hidden(x_BhwD.flatten(1, 2), hidden_BPQ, self.count))
 
 
 def gather_hidden(values_BND: Tensor, hidden_BPQ: Tensor, count: int) -> Tensor:
@@ -48,25 +56,37 @@ def gather_hidden(values_BND: Tensor, hidden_BPQ: Tensor, count: int) -> Tensor:
     return rearrange(values_BND.gather(1, index_BK[..., None].expand(-1, -1, values_BND.shape[-1])), "B K D -> (B K) D")
 
 
+def check_grids(backbone: Backbone, token_grid: tuple[int, int], stride: int) -> int:
+    """Cells of the token grid on a side of a place of the backbone's map.
+
+    Args:
+        stride: the tokenizer's, for the cure.
+
+    Raises:
+        SettingError: the token grid is no whole multiple of the feature grid, or the mask on it would cut the stem's cells.
+    """
+    scales = [tokens // places for tokens, places in zip(token_grid, backbone.feature_grid, strict=True)]
+    fits = [tokens == scale * places and stem % tokens == 0
+            for tokens, scale, places, stem in zip(token_grid, scales, backbone.feature_grid, backbone.stem_grid, strict=True)]  # fmt: skip
+    if not all(fits) or len(set(scales)) > 1:
+        tokens, places, stem = ("x".join(map(str, grid)) for grid in (token_grid, backbone.feature_grid, backbone.stem_grid))
+        cure = f"{backbone.mask_grid[0]} x the tokenizer's stride {stride} = {backbone.mask_grid[0] * stride}"
+        raise SettingError(f"the token grid is {tokens}; it must be a whole multiple of the backbone's feature grid {places} and divide its "
+                           f"stem's grid {stem}; set views.target_size to {cure}")  # fmt: skip
+    return scales[0]
+
+
 class MaskedImageModeling(Objective):
     """ids = tokenizer(target); features = backbone(image, hidden); logits = head(features, hidden); loss = CE(logits, ids[hidden]).
 
-    The tokenizer is frozen, and in neither state_dict nor optimizer.
-
-    Raises:
-        SettingError: the backbone's grid is not the tokenizer's.
+    The tokenizer is frozen, and in neither state_dict nor optimizer; so are the backbone's parts that only classify.
     """
 
-    def __init__(self, backbone: Backbone, tokenizer: Any, head: TokenHead, normalize: Normalize,
-                 token_grid: tuple[int, int], device: torch.device) -> None:  # fmt: skip
+    def __init__(self, backbone: Backbone, tokenizer: Any, head: TokenHead, normalize: Normalize, device: torch.device) -> None:
         super().__init__()
-        if backbone.feature_grid != token_grid:
-            ours, theirs = ("x".join(map(str, grid)) for grid in (backbone.feature_grid, token_grid))
-            raise SettingError(
-                f"the token grid is {theirs}, the patch grid {ours}; set views.target_size to {backbone.feature_grid[0]} x the "
-                f"tokenizer's stride {tokenizer.stride} = {backbone.feature_grid[0] * tokenizer.stride}"
-            )
         self.backbone, self.head, self.normalize = backbone, head, normalize
+        for name in backbone.head_names():
+            backbone.get_parameter(name).requires_grad_(False)
         self._tokenizer = frozen(tokenizer, device)
         self.num_depths = backbone.num_depths
 

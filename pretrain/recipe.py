@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from mimetic.backbones import catalog
 from mimetic.engine import ranges
 from mimetic.engine.config import BackboneSettings, DataSettings, OptimSettings, TrainSettings
 from mimetic.engine.errors import SettingError
@@ -27,17 +28,19 @@ class MaskSettings:
         count: K, hidden cells per image, exactly.
         min_block: Cells of the smallest block.
         aspect: Lowest aspect ratio of a block; the highest is its inverse.
+        unit: Side in cells of the squares that are hidden as one; SimMIM's 32 pixels are 2 cells of 16.
     """
 
     kind: str = "block"
     count: int = 75
     min_block: int = 16
     aspect: float = 0.3
+    unit: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in ("block", "random"):
             raise SettingError(f"mask.kind is {self.kind!r}; it must be block or random")
-        ranges.require(self, "mask", count=ranges.COUNT, min_block=ranges.COUNT, aspect=ranges.SOME_SHARE)
+        ranges.require(self, "mask", count=ranges.COUNT, min_block=ranges.COUNT, aspect=ranges.SOME_SHARE, unit=ranges.COUNT)
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,8 @@ class ViewSettings:
         shift: Pixels by which the picture may move before it is cropped.
         flip: Probability of a horizontal flip.
         jitter: Strength of brightness, contrast and saturation jitter.
-        target_size: Side of the tokenizer's view in pixels; the default gives the backbone's patch grid.
+        target_size: Side of the tokenizer's view in pixels; its tokens are the grid of masks and targets. The default gives the
+            backbone's own: a token for each patch of a ViT, for each 16 pixels of a net whose map shrinks to 1/32.
         mean: Per channel, in [0, 1], subtracted from the backbone's view; the default is the index's.
         std: Per channel; the default is the index's.
     """
@@ -93,3 +97,4 @@ class BeitRecipe:
 
     def __post_init__(self) -> None:
         ranges.require(self, seed=ranges.SEED)
+        catalog.check(self.backbone.name, self.backbone.overrides)

@@ -44,6 +44,7 @@ def train(dvae: DVAE, image_BCHW: torch.Tensor, steps: int, seed: int = 0) -> li
     dvae.train()
     errors = []
     for step in range(steps):
+        optimizer.param_groups[0]["lr"] = 2e-3 * 0.5 * (1 + math.cos(math.pi * step / steps))
         batch = image_BCHW[torch.randperm(len(image_BCHW), generator=generator)[:64]]
         if step and step % 25 == 0:
             dvae.restart_dead_codes(batch, seed=step)

@@ -48,7 +48,7 @@ from mimetic.engine.optim import adamw, learning_rate, parameter_groups, set_lea
 from mimetic.engine.run import _lock
 from mimetic.export.backbone import export_backbone
 from mimetic.finetune.objectives import Distill, Mixing, Supervised, _Between
-from mimetic.pretrain.mim import MaskedImageModeling, TokenHead, gather_hidden
+from mimetic.pretrain.mim import MaskedImageModeling, TokenHead, check_grids, gather_hidden
 from mimetic.tokenizers.dvae import DVAE
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def mim(name: str = "vit_tiny_patch16_224", channels: int = 1, side: int = 16, c
     tokenizer.seed_codebook(pixels(40, channels, side, side, seed=5) / 255)
     head = perturb_(TokenHead(backbone.embed_dim, 50, count), seed=3)
     normalize = GREY if channels == 1 else RGB
-    return MaskedImageModeling(backbone, tokenizer, head, normalize, backbone.mask_grid, CPU).eval()
+    return MaskedImageModeling(backbone, tokenizer, head, normalize, CPU).eval()
 
 
 def mim_batch(objective: MaskedImageModeling, images: int = 3) -> dict[str, Tensor]:
@@ -146,8 +146,10 @@ def test_the_tokenizer_is_neither_saved_nor_trained():
 
 def test_a_token_grid_unlike_the_patch_grid_is_refused_with_both():
     objective = mim()
-    with pytest.raises(SettingError, match=r"token grid is 8x8, the patch grid 4x4; set views\.target_size to 4 x .* 4 = 16"):
-        MaskedImageModeling(objective.backbone, objective.tokenizer, objective.head, GREY, (8, 8), CPU)
+    told = r"token grid is 8x8; .* feature grid 4x4 and divide its stem's grid 4x4; set views\.target_size to 4 x .* 4 = 16"
+    with pytest.raises(SettingError, match=told):
+        check_grids(objective.backbone, (8, 8), 4)
+    assert check_grids(objective.backbone, (4, 4), 4) == 1
 
 
 # Classification
