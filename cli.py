@@ -9,7 +9,7 @@ from mimetic.engine.config import did_you_mean
 from mimetic.engine.errors import SettingError
 from mimetic.engine.runtime import run_entry
 
-COMMANDS = ("demo", "pack", "export", "compare")
+COMMANDS = ("demo", "pack", "export", "compare", "models", "attention")
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +53,21 @@ def parser() -> argparse.ArgumentParser:
                                   epilog="example: mimetic compare runs/scratch runs/fine-tuned --out report")  # fmt: skip
     compare.add_argument("runs", type=Path, nargs="+", metavar="RUN", help="run folders")
     compare.add_argument("--out", type=Path, required=True, metavar="DIR", help="where report.html, report.md and pictures go")
+
+    models = commands.add_parser("models", help="every backbone: parameters and multiply-adds beside the papers'",
+                                 epilog="example: mimetic models 'swin*224'")  # fmt: skip
+    models.add_argument("pattern", nargs="?", default="*", metavar="NAME", help="names to show, with * and ? (default: all)")
+
+    attention = commands.add_parser("attention", help="where a backbone looks, as a picture",
+                                    epilog="example: mimetic attention runs/beit photo.jpg --out attention.png")  # fmt: skip
+    attention.add_argument("run", metavar="RUN", help="a finished run, an exported folder, or a name of the catalog (fresh weights)")
+    attention.add_argument("image", type=Path, metavar="IMAGE", help="a picture")
+    attention.add_argument("--out", type=Path, default=Path("attention.png"), metavar="PNG", help="(default: %(default)s)")
+    attention.add_argument("--fuse", choices=("mean", "max", "min"), default="mean", help="how heads are fused (default: %(default)s)")
+    attention.add_argument("--discard", type=float, default=0.9, metavar="SHARE",
+                           help="share of the lowest attention left out in the second rollout (default: %(default)s)")  # fmt: skip
+    attention.add_argument("--cell", type=int, nargs=2, metavar=("ROW", "COLUMN"),
+                           help="the place whose view is shown, for nets without [CLS] (default: the middle)")  # fmt: skip
     return top
 
 
@@ -74,6 +89,15 @@ def dispatch() -> None:
         from mimetic.export.backbone import export_backbone
 
         export_backbone(arguments.run, arguments.out, arguments.to)
+    elif arguments.command == "models":
+        from mimetic.report.models import print_models
+
+        print_models(arguments.pattern)
+    elif arguments.command == "attention":
+        from mimetic.report.attention import draw_attention
+
+        cell = tuple(arguments.cell) if arguments.cell else None
+        draw_attention(arguments.run, arguments.image, arguments.out, fuse=arguments.fuse, discard=arguments.discard, cell=cell)
     else:
         from mimetic.report.compare import compare
 

@@ -81,8 +81,8 @@ class TimmBackbone(Backbone):
         self.embed_dim, *grid = map_BDhw.shape[1:]
         self.feature_grid = grid[0], grid[1]
         if any(side % cells for side, cells in zip(image_size, grid, strict=True)):
-            raise SettingError(f"images of {image_size[0]}x{image_size[1]} pixels become a map of {grid[0]}x{grid[1]} places, which does not "
-                               f"divide them; use a multiple of {-(-image_size[0] // grid[0])}")  # fmt: skip
+            raise SettingError(f"images of {image_size[0]}x{image_size[1]} pixels become a map of {grid[0]}x{grid[1]} places, which does "
+                               f"not divide them; use a multiple of {-(-image_size[0] // grid[0])}")  # fmt: skip
         cell = [side // cells for side, cells in zip(image_size, grid, strict=True)]
         self.stem_grid = image_size  # hidden in pixels: a cell may have any size
         halved = min(cell) >= 32  # as of our own nets: tokens of 16 pixels
@@ -124,7 +124,7 @@ class TimmBackbone(Backbone):
         count = x.shape[1] - self.prefix
         h, w = (-(-side // self.reduction) for side in self.image_size) if self.reduction else (0, 0)
         if h * w != count:
-            raise SettingError(f"{type(net).__name__} of timm yields {count} tokens, which are no {h}x{w} map; it cannot be pretrained here")
+            raise SettingError(f"{type(net).__name__} of timm yields {count} tokens, no {h}x{w} map; it cannot be pretrained here")
         return rearrange(x[:, self.prefix :], "B (h w) D -> B D h w", h=h), x[:, : self.prefix] if self.prefix else None
 
     def _depths(self) -> dict[str, int]:

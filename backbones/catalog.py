@@ -250,12 +250,12 @@ CATALOG: dict[str, Entry] = {
         f"maxvit_{size}_tf_{side}": Entry(MAXVIT, side, MAXVIT_SIZES[size], MAXVIT_PUBLISHED.get((size, side), Published()))
         for size in MAXVIT_SIZES for side in (224, 384, 512)
     },
-    "mixer_s32_224": Entry(MIXER, 224, P32 | {"embed_dim": 512, "num_blocks": 8}, Published(19, 1.0)),
-    "mixer_s16_224": Entry(MIXER, 224, P16 | {"embed_dim": 512, "num_blocks": 8}, Published(18, 3.8)),
-    "mixer_b32_224": Entry(MIXER, 224, P32 | {"embed_dim": 768, "num_blocks": 12}, Published(60, 3.2)),
+    "mixer_s32_224": Entry(MIXER, 224, P32 | {"embed_dim": 512, "num_blocks": 8}, Published(19)),
+    "mixer_s16_224": Entry(MIXER, 224, P16 | {"embed_dim": 512, "num_blocks": 8}, Published(18)),
+    "mixer_b32_224": Entry(MIXER, 224, P32 | {"embed_dim": 768, "num_blocks": 12}, Published(60)),
     "mixer_b16_224": Entry(MIXER, 224, P16 | {"embed_dim": 768, "num_blocks": 12}, Published(59, 12.7, 76.4)),
-    "mixer_l32_224": Entry(MIXER, 224, P32 | {"embed_dim": 1024, "num_blocks": 24}, Published(206, 11.3)),
-    "mixer_l16_224": Entry(MIXER, 224, P16 | {"embed_dim": 1024, "num_blocks": 24}, Published(207, 44.6)),
+    "mixer_l32_224": Entry(MIXER, 224, P32 | {"embed_dim": 1024, "num_blocks": 24}, Published(206)),
+    "mixer_l16_224": Entry(MIXER, 224, P16 | {"embed_dim": 1024, "num_blocks": 24}, Published(207)),
     "resmlp_12_224": Entry(RESMLP, 224, {"num_blocks": 12, "init_values": 1e-4}, Published(15, 3.0, 76.6)),
     "resmlp_24_224": Entry(RESMLP, 224, {"num_blocks": 24, "init_values": 1e-5}, Published(30, 6.0, 79.4)),
     "resmlp_36_224": Entry(RESMLP, 224, {"num_blocks": 36, "init_values": 1e-6}, Published(45, 8.9, 79.7)),

@@ -27,6 +27,11 @@ def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
     return branch * kept / (1 - rate)
 
 
+def neighbours(seen_hw: Tensor) -> Tensor:
+    """The 3x3 places around each one of `seen_hw` (bool): what a convolution can have used."""
+    return nn.functional.max_pool2d(seen_hw.float()[None, None], 3, 1, 1)[0, 0].bool()
+
+
 def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
     """The rate of each block, stage by stage, rising linearly from 0 to `last` over all of them."""
     if min(depths) < 1 or not 0 <= last < 1:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from mimetic.backbones.contract import TABLE, Grid, hide, repeat_mask, sides, zero_hidden
 from mimetic.backbones.interpolation import resize_table
-from mimetic.backbones.layers import drop_path, drop_path_rates, mlp
+from mimetic.backbones.layers import drop_path, drop_path_rates, mlp, neighbours
 from mimetic.backbones.staged import Stage, Staged
 from mimetic.backbones.windows import Windows, attend, check_tiling, grid_order, relative_position_index, window_order
 from mimetic.engine.errors import SettingError
@@ -144,6 +144,14 @@ class MaxViTBlock(nn.Module):
         """(B, D, h, w) -> (B, D', h / stride, w / stride)."""
         x_BhwD = rearrange(self.conv(x_BDhw), "B D h w -> B h w D")
         return rearrange(self.attn_grid(self.attn_block(x_BhwD)), "B h w D -> B D h w")
+
+    def reach(self, seen_hw: Tensor) -> Tensor:
+        """Places whose tokens those of `seen_hw` can have used; the squeeze, which hands every channel's mean to all, is left out."""
+        seen_hw = self.attn_block.attn.group.reach(self.attn_grid.attn.group.reach(seen_hw))
+        if self.conv.stride == 1:
+            return neighbours(seen_hw)
+        spread = F.conv_transpose2d(seen_hw.double()[None, None], torch.ones(1, 1, 3, 3).double(), stride=2)[0, 0]
+        return spread[: 2 * len(seen_hw), : 2 * seen_hw.shape[1]] > 0  # the 3x3 window of stride 2 starts at each even place
 
 
 class MBConv(nn.Module):

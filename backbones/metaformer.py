@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mimetic.backbones.contract import Grid, hide, repeat_mask, sides, zero_hidden
-from mimetic.backbones.layers import PlacesLinear, drop_path, drop_path_rates
+from mimetic.backbones.layers import PlacesLinear, drop_path, drop_path_rates, neighbours
 from mimetic.backbones.staged import Stage, Staged
 from mimetic.engine.errors import SettingError
 
@@ -111,6 +111,11 @@ class Downsampling(nn.Module):
         """(B, D, h, w) -> (B, D', h / 2, w / 2)."""
         return self.conv(x_BDhw)
 
+    def reach(self, seen_hw: Tensor) -> Tensor:
+        """Places of the larger map that those of `seen_hw` can have used."""
+        centre_hw = F.conv_transpose2d(seen_hw[None, None].float(), torch.ones(1, 1, 1, 1), stride=2, output_padding=1)[0, 0]
+        return neighbours(centre_hw.bool())
+
 
 class MetaFormerBlock(nn.Module):
     """x + scale * mixer(norm(x)), then x + scale * MLP(norm(x)): a transformer's block, whatever mixes the tokens."""
@@ -125,6 +130,12 @@ class MetaFormerBlock(nn.Module):
         self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
         self.layer_scale2 = Scale(width, layer_scale)
         self.drop_path = drop_path
+
+    def reach(self, seen_hw: Tensor) -> Tensor:
+        """Places whose tokens those of `seen_hw` can have used; the norm, whose statistics are the whole map's, is left out."""
+        if isinstance(self.token_mixer, Pooling):
+            return neighbours(seen_hw)
+        return seen_hw if isinstance(self.token_mixer, Identity) else torch.ones_like(seen_hw)
 
     def forward(self, x_BDhw: Tensor) -> Tensor:
         """(B, D, h, w) -> (B, D, h, w)."""

@@ -12,7 +12,8 @@ from mimetic.backbones.interpolation import adapt_channels
 from mimetic.engine.errors import CheckpointError
 
 
-def resized(backbone: Backbone, image_size: int | Sequence[int] | None = None, in_channels: int | None = None, **overrides: Any) -> Backbone:
+def resized(backbone: Backbone, image_size: int | Sequence[int] | None = None, in_channels: int | None = None,
+            **overrides: Any) -> Backbone:  # fmt: skip
     """The same backbone for images of another size or other channels, with its weights fitted.
 
     Args:

@@ -113,6 +113,10 @@ class SwinBlock(nn.Module):
         x_BhwD = x_BhwD + drop_path(self.attn(self.norm1(x_BhwD)), self.drop_path, self.training)
         return x_BhwD + drop_path(self.mlp(self.norm2(x_BhwD)), self.drop_path, self.training)
 
+    def reach(self, seen_hw: Tensor) -> Tensor:
+        """Places whose tokens those of `seen_hw` can have used."""
+        return self.attn.windows.reach(seen_hw)
+
 
 class WindowAttention(nn.Module):
     """Multi-head self-attention within windows, softmax(q k^T / sqrt(d) + relative position bias) v."""
@@ -141,6 +145,10 @@ class PatchMerging(nn.Module):
     def forward(self, x_BhwD: Tensor) -> Tensor:
         """(B, h, w, D) -> (B, h / 2, w / 2, 2 D)."""
         return self.reduction(self.norm(squares(x_BhwD)))
+
+    def reach(self, seen_hw: Tensor) -> Tensor:
+        """Places of the larger map that those of `seen_hw` are made of."""
+        return seen_hw.repeat_interleave(2, 0).repeat_interleave(2, 1)
 
 
 def squares(x_BhwD: Tensor) -> Tensor:

@@ -67,6 +67,10 @@ class SwinV2Block(nn.Module):
         x_BhwD = x_BhwD + drop_path(self.norm1(self.attn(x_BhwD)), self.drop_path, self.training)
         return x_BhwD + drop_path(self.norm2(self.mlp(x_BhwD)), self.drop_path, self.training)
 
+    def reach(self, seen_hw: Tensor) -> Tensor:
+        """Places whose tokens those of `seen_hw` can have used."""
+        return self.attn.windows.reach(seen_hw)
+
 
 class CosineWindowAttention(nn.Module):
     """Self-attention within windows, softmax(cos(q, k) / temperature + bias(offset)) v; keys have no bias of their own."""
@@ -115,6 +119,10 @@ class PatchMerging(nn.Module):
     def forward(self, x_BhwD: Tensor) -> Tensor:
         """(B, h, w, D) -> (B, h / 2, w / 2, 2 D)."""
         return self.norm(self.reduction(squares(x_BhwD)))
+
+    def reach(self, seen_hw: Tensor) -> Tensor:
+        """Places of the larger map that those of `seen_hw` are made of."""
+        return seen_hw.repeat_interleave(2, 0).repeat_interleave(2, 1)
 
 
 def log_offsets(window: Grid, pretrained_window: int = 0) -> Tensor:

@@ -8,12 +8,13 @@ import math
 import re
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from mimetic.backbones.contract import Grid, sides
-from mimetic.backbones.layers import PatchStem, drop_path, drop_path_rates, init_linear_, mlp
+from mimetic.backbones.layers import PatchStem, drop_path, drop_path_rates, init_linear_, mlp, neighbours
 from mimetic.backbones.staged import Stage, Staged
 from mimetic.backbones.swin import windows_of
 from mimetic.backbones.windows import Windows, attend, check_tiling
@@ -98,7 +99,8 @@ class Twins(Staged):
 
 def _check_summary(grid: Grid, ratio: int) -> None:
     if min(grid) < ratio:
-        raise SettingError(f"a map of {grid[0]}x{grid[1]} tokens is smaller than sr_ratios' {ratio}; set a larger image_size or a smaller ratio")
+        raise SettingError(f"a map of {grid[0]}x{grid[1]} tokens is smaller than sr_ratios' {ratio}; set a larger image_size or a "
+                           "smaller ratio")  # fmt: skip
 
 
 class TwinsBlock(nn.Module):
@@ -121,6 +123,12 @@ class TwinsBlock(nn.Module):
         if self.position is None:
             return x_BhwD
         return x_BhwD + rearrange(self.position(rearrange(x_BhwD, "B h w D -> B D h w")), "B D h w -> B h w D")
+
+    def reach(self, seen_hw: Tensor) -> Tensor:
+        """Places whose tokens those of `seen_hw` can have used."""
+        if self.position is not None:
+            seen_hw = neighbours(seen_hw)
+        return self.attn.windows.reach(seen_hw) if isinstance(self.attn, LocallyGroupedAttention) else torch.ones_like(seen_hw)
 
 
 class LocallyGroupedAttention(nn.Module):
@@ -167,3 +175,7 @@ class PatchMerge(nn.Module):
     def forward(self, x_BhwD: Tensor) -> Tensor:
         """(B, h, w, D) -> (B, h / 2, w / 2, D')."""
         return self.norm(rearrange(self.proj(rearrange(x_BhwD, "B h w D -> B D h w")), "B D h w -> B h w D"))
+
+    def reach(self, seen_hw: Tensor) -> Tensor:
+        """Places of the larger map that those of `seen_hw` are made of."""
+        return seen_hw.repeat_interleave(2, 0).repeat_interleave(2, 1)

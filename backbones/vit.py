@@ -282,9 +282,20 @@ class Attention(nn.Module):
         """(B, N, D) -> (B, N, D); `bias_1nNN` is the shared table's, used where the block has no table of its own."""
         if self.rel_pos_bias is not None:
             bias_1nNN = self.rel_pos_bias()
-        q_BnNd, k_BnNd, v_BnNd = rearrange(self.qkv(x_BND), "B N (qkv n d) -> qkv B n N d", qkv=3, n=self.heads)
+        q_BnNd, k_BnNd, v_BnNd = self._split(x_BND)
         x_BnNd = F.scaled_dot_product_attention(q_BnNd, k_BnNd, v_BnNd, attn_mask=bias_1nNN)
         return self.proj(rearrange(x_BnNd, "B n N d -> B N (n d)"))
+
+    def weights(self, x_BND: Tensor, bias_1nNN: Tensor | None = None) -> Tensor:
+        """What the fused attention of `forward` never shows: the share that each query (row) takes of each key, (B, n, N, N)."""
+        if self.rel_pos_bias is not None:
+            bias_1nNN = self.rel_pos_bias()
+        q_BnNd, k_BnNd, _ = self._split(x_BND)
+        score_BnNN = q_BnNd @ k_BnNd.mT * q_BnNd.shape[-1] ** -0.5
+        return (score_BnNN if bias_1nNN is None else score_BnNN + bias_1nNN).softmax(-1)
+
+    def _split(self, x_BND: Tensor) -> Tensor:
+        return rearrange(self.qkv(x_BND), "B N (qkv n d) -> qkv B n N d", qkv=3, n=self.heads)
 
 
 class KeylessBiasLinear(nn.Linear):

@@ -97,6 +97,7 @@ class Windows(nn.Module):
         region_T: an id per place of `order_T`; tokens of different ids do not see each other. None where all do.
     """
 
+    token_WN: Tensor
     to_heads_3R: Tensor
     from_heads_S: Tensor
     to_tokens_R: Tensor
@@ -106,7 +107,8 @@ class Windows(nn.Module):
     def __init__(self, order_T: Tensor, size: int, heads: int, region_T: Tensor | None = None) -> None:
         super().__init__()
         self.size, self.heads = size, heads
-        token_W1N, head_n1 = order_T.view(-1, 1, size), torch.arange(heads)[:, None]
+        self.register_buffer("token_WN", order_T.view(-1, size), persistent=False)
+        token_W1N, head_n1 = self.token_WN[:, None], torch.arange(heads)[:, None]
         # Rows of d numbers. The projection has S = T * 3 * n of them in the order (token, qkv, head); each of queries, keys and
         # values takes R = T * n of them in the order (window, head, token of the window).
         to_heads_3R = torch.stack([(token_W1N * 3 * heads + part * heads + head_n1).flatten() for part in range(3)])
@@ -139,6 +141,13 @@ class Windows(nn.Module):
         image_B1 = torch.arange(len(rows_Rd) // count, device=x_GnNd.device)[:, None] * count
         rows_Rd = Reordered.apply(rows_Rd, (self.to_tokens_R + image_B1).flatten(), (self.from_tokens_R + image_B1).flatten())
         return rows_Rd.view(-1, *grid, self.heads * width)
+
+    def reach(self, seen_hw: Tensor) -> Tensor:
+        """Places that those of `seen_hw` (bool) attend to, (h, w)."""
+        seen_W1N = seen_hw.flatten()[self.token_WN][:, None]
+        allowed = True if self.mask_WNN is None else self.mask_WNN == 0
+        reached_WN = (seen_W1N.mT & allowed).any(1).expand_as(self.token_WN)
+        return torch.zeros_like(seen_hw.flatten()).index_put((self.token_WN.flatten(),), reached_WN.flatten()).view_as(seen_hw)
 
     def masked(self, bias_nNN: Tensor | None) -> Tensor | None:
         """The bias on scores with the mask added, (1 or W, n or 1, N, N); None where there is neither."""
@@ -181,7 +190,7 @@ def attend(qkv_3GnNd: Tensor, bias_WnNN: Tensor | None = None, scale: float | No
         if bias_WnNN is not None and len(bias_WnNN) > 1:
             bias_WnNN = bias_WnNN.repeat(qkv_3GnNd.shape[1] // len(bias_WnNN), 1, 1, 1)
         return F.scaled_dot_product_attention(*qkv_3GnNd.unbind(0), attn_mask=bias_WnNN, scale=scale)
-    with torch.autocast(qkv_3GnNd.device.type, enabled=False):
+    with torch.autocast("cpu", enabled=False):
         return SmallAttention.apply(qkv_3GnNd, bias_WnNN, scale)
 
 

@@ -71,8 +71,8 @@ def check_grids(backbone: Backbone, token_grid: tuple[int, int], stride: int) ->
     if not all(fits) or len(set(scales)) > 1:
         tokens, places, stem = ("x".join(map(str, grid)) for grid in (token_grid, backbone.feature_grid, backbone.stem_grid))
         cure = f"{backbone.mask_grid[0]} x the tokenizer's stride {stride} = {backbone.mask_grid[0] * stride}"
-        raise SettingError(f"the token grid is {tokens}; it must be a whole multiple of the backbone's feature grid {places} and divide its "
-                           f"stem's grid {stem}; set views.target_size to {cure}")  # fmt: skip
+        raise SettingError(f"the token grid is {tokens}; it must be a whole multiple of the backbone's feature grid {places} and divide "
+                           f"its stem's grid {stem}; set views.target_size to {cure}")  # fmt: skip
     return scales[0]
 
 

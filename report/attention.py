@@ -1,0 +1,187 @@
+"""`mimetic attention`: one picture of where a backbone looks.
+
+Legend: B batch, C channels, H W pixels, P Q patch grid, h w feature grid.
+"""
+
+import io
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from mimetic.backbones.attention import attention_distance, attention_maps, position_similarity, reach, rollout, seen_from
+from mimetic.backbones.contract import Backbone
+from mimetic.backbones.files import backbone_folder, load_backbone
+from mimetic.backbones.vit import ViT
+from mimetic.engine.config import write_atomically
+from mimetic.engine.errors import DataError, SettingError
+
+INK, HEAT, COLUMNS = "#333333", "magma", 6
+Cell = tuple[int, int]
+
+
+def draw_attention(run: str | Path, picture: Path, out: Path, *, fuse: str = "mean", discard: float = 0.9,
+                   cell: Cell | None = None) -> None:  # fmt: skip
+    """Writes a PNG: for a ViT attention rollout, per layer and per head; for windowed nets what a place can know.
+
+    Args:
+        run: a finished run or an exported folder.
+        picture: an image file.
+        out: the PNG.
+        fuse: how heads are fused.
+        discard: share of the lowest attention left out in the second rollout.
+        cell: the place whose view is shown; None for [CLS], for the mean of all patches, or for the middle of the map.
+
+    Raises:
+        CheckpointError: no backbone there.
+        DataError: no readable image.
+        SettingError: a cell or share that cannot be, or a net whose blocks all mix everything.
+    """
+    if out.suffix.lower() != ".png":
+        raise SettingError(f"--out {out} must end in .png")
+    backbone = load_backbone(run).eval()
+    shown_HWC, image_BCHW = _read(picture, backbone, backbone_folder(run))
+    print(f"drawing where {backbone.config['name']} of {run} looks in {picture}", flush=True)
+    from matplotlib.figure import Figure
+
+    figure = Figure(dpi=110, layout="constrained", facecolor="white")
+    if isinstance(backbone, ViT):
+        _draw_vit(figure, backbone, image_BCHW, shown_HWC, fuse, discard, cell)
+    else:
+        _draw_reach(figure, backbone, image_BCHW, shown_HWC, cell)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, buffer.getvalue())
+    print(f"picture in {out}")
+
+
+def _read(picture: Path, backbone: Backbone, folder: Path) -> tuple[NDArray[np.uint8], Tensor]:
+    """The centre of the picture at the backbone's size, to show and normalized."""
+    height, width = backbone.image_size
+    mode = {1: "L", 3: "RGB"}.get(backbone.in_channels)
+    if mode is None:
+        raise SettingError(f"the backbone reads images of {backbone.in_channels} channels; a picture has 1 or 3")
+    try:
+        with Image.open(picture) as opened:
+            image = ImageOps.fit(ImageOps.exif_transpose(opened).convert(mode), (width, height), Image.Resampling.BICUBIC)
+    except OSError as error:
+        raise DataError(f"{picture} is no readable picture ({error.strerror or 'unknown format'})") from None
+    config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    shown = np.asarray(image)
+    pixels_HWC = torch.from_numpy(shown.reshape(height, width, -1).copy()).float() / 255
+    normalized_HWC = (pixels_HWC - torch.tensor(config["mean"])) / torch.tensor(config["std"])
+    return np.asarray(image.convert("RGB")), normalized_HWC.permute(2, 0, 1)[None]
+
+
+def _draw_vit(figure: Any, backbone: ViT, image_BCHW: Tensor, shown_HWC: NDArray[np.uint8], fuse: str, discard: float,
+              cell: Cell | None) -> None:  # fmt: skip
+    maps = attention_maps(backbone, image_BCHW)
+    plain, strict = rollout(maps, fuse), rollout(maps, "max", discard)
+    heads = maps[-1].shape[1]
+    layer_rows, head_rows = math.ceil(len(maps) / COLUMNS), math.ceil(heads / COLUMNS)
+    figure.set_size_inches(12.5, 3.4 + 2.15 * (layer_rows + head_rows))
+    top, layers, of_heads = figure.subfigures(3, 1, height_ratios=[3.4, 2.15 * layer_rows, 2.15 * head_rows])
+    whose = f"patch {cell[0]}, {cell[1]}" if cell else "[CLS]" if backbone.has_cls else "the mean of all patches"
+
+    axes = top.subplots(1, 5)
+    top.suptitle(f"{backbone.config['name']}: what {whose} sees", color=INK, fontsize=12)
+    _plain(axes[0], shown_HWC, "image")
+    _overlay(axes[1], shown_HWC, seen_from(backbone, plain[-1], cell)[0], f"rollout, {fuse} of heads")
+    _overlay(axes[2], shown_HWC, seen_from(backbone, strict[-1], cell)[0], f"rollout, max, lowest {100 * discard:g} % left out")
+    _draw_distance(axes[3], attention_distance(backbone, maps))
+    _draw_positions(axes[4], backbone)
+
+    layers.suptitle("rollout after each layer", color=INK, fontsize=10)
+    for i, axis in enumerate(_grid(layers, layer_rows)):
+        _overlay(axis, shown_HWC, seen_from(backbone, plain[i], cell)[0], f"layer {i}") if i < len(maps) else axis.axis("off")
+    of_heads.suptitle("attention of each head of the last layer", color=INK, fontsize=10)
+    for i, axis in enumerate(_grid(of_heads, head_rows)):
+        _overlay(axis, shown_HWC, seen_from(backbone, maps[-1][:, i], cell)[0], f"head {i}") if i < heads else axis.axis("off")
+
+
+def _draw_reach(figure: Any, backbone: Backbone, image_BCHW: Tensor, shown_HWC: NDArray[np.uint8], cell: Cell | None) -> None:
+    at = cell or (backbone.feature_grid[0] // 2, backbone.feature_grid[1] // 2)
+    maps = reach(backbone, at)
+    rows = math.ceil(len(maps) / COLUMNS)
+    figure.set_size_inches(12.5, 3.4 + 2.15 * rows)
+    top, blocks = figure.subfigures(2, 1, height_ratios=[3.4, 2.15 * rows])
+    top.suptitle(f"{backbone.config['name']}: what place {at[0]}, {at[1]} of the {'x'.join(map(str, backbone.feature_grid))} map can know",
+                 color=INK, fontsize=12)  # fmt: skip
+    axes = top.subplots(1, 3)
+    place = torch.zeros(backbone.feature_grid)
+    place[at] = 1
+    _overlay(axes[0], shown_HWC, place, "the place")
+    _overlay(axes[1], shown_HWC, maps[-1].float(), "pixels it can have used")
+    _overlay(axes[2], shown_HWC, _influence(backbone, image_BCHW, at), "how much it did use them here")
+    blocks.suptitle("where its information lay before each block, from the last block back", color=INK, fontsize=10)
+    for i, axis in enumerate(_grid(blocks, rows)):
+        if i < len(maps):
+            share = f"{100 * maps[i].float().mean():.0f} % of {'x'.join(map(str, maps[i].shape))}"
+            _overlay(axis, shown_HWC, maps[i].float(), f"block {len(maps) - 1 - i}: {share}")
+        else:
+            axis.axis("off")
+
+
+def _influence(backbone: Backbone, image_BCHW: Tensor, cell: Cell) -> Tensor:
+    """Size of the gradient of a place's features with respect to each pixel, over squares of eight pixels, (h, w)."""
+    image_BCHW = image_BCHW.clone().requires_grad_()
+    backbone.forward_features(image_BCHW).map_BDhw[0, :, cell[0], cell[1]].square().sum().backward()
+    gradient_hw = image_BCHW.grad[0].abs().sum(0) if image_BCHW.grad is not None else torch.zeros(backbone.image_size)
+    backbone.zero_grad()
+    return torch.nn.functional.avg_pool2d(gradient_hw[None], 8, 8, ceil_mode=True)[0].sqrt()
+
+
+def _draw_distance(axis: Any, distance_ln: Tensor) -> None:
+    for head in range(distance_ln.shape[1]):
+        axis.plot(distance_ln[:, head], ".", color="#b5367a", markersize=5, alpha=0.6)
+    axis.plot(distance_ln.mean(1), color=INK, linewidth=1)
+    axis.set_title("how far each head looks", color=INK, fontsize=9)
+    axis.set_xlabel("layer", fontsize=8)
+    axis.set_ylabel("mean distance, pixels", fontsize=8)
+    axis.set_ylim(bottom=0)
+    axis.tick_params(labelsize=7)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_positions(axis: Any, backbone: ViT) -> None:
+    similar = position_similarity(backbone)
+    if similar is None:
+        axis.axis("off")
+        axis.text(0.5, 0.5, "no absolute positions:\na relative bias\nin every block", ha="center", va="center", color=INK, fontsize=9)
+        return
+    p, q = backbone.mask_grid
+    step = max(1, -(-max(p, q) // 7))
+    tiles = similar[::step, ::step]
+    gap = torch.full((tiles.shape[0], tiles.shape[1], p + 1, q + 1), torch.nan)
+    gap[..., :p, :q] = tiles
+    axis.imshow(gap.permute(0, 2, 1, 3).reshape(tiles.shape[0] * (p + 1), -1), cmap="viridis", vmin=-1, vmax=1)
+    axis.set_title(f"likeness of positions, every {step}. patch" if step > 1 else "likeness of positions", color=INK, fontsize=9)
+    axis.axis("off")
+
+
+def _grid(figure: Any, rows: int) -> list[Any]:
+    return list(np.atleast_1d(figure.subplots(rows, COLUMNS)).ravel())
+
+
+def _plain(axis: Any, shown_HWC: NDArray[np.uint8], title: str) -> None:
+    axis.imshow(shown_HWC)
+    axis.set_title(title, color=INK, fontsize=9)
+    axis.axis("off")
+
+
+def _overlay(axis: Any, shown_HWC: NDArray[np.uint8], heat_hw: Tensor, title: str) -> None:
+    """The picture in grey under the heat, each map on its own scale from 0 to its largest value."""
+    height, width = shown_HWC.shape[:2]
+    grey_HW = shown_HWC.mean(-1)
+    heat = heat_hw.detach().double() / heat_hw.max().clamp(min=1e-12)
+    axis.imshow(grey_HW, cmap="gray", extent=(0, width, height, 0))
+    axis.imshow(heat, cmap=HEAT, alpha=0.65, extent=(0, width, height, 0), vmin=0, vmax=1, interpolation="nearest")
+    axis.set_title(title, color=INK, fontsize=8)
+    axis.axis("off")
