@@ -4,7 +4,8 @@ Legend: B batch, C channels, H W pixels, P Q mask and token grid, h w feature gr
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -139,7 +140,7 @@ class Backbone(nn.Module, ABC):
     def run_block(self, block: nn.Module, *inputs: Any) -> Any:
         """A block's output, under gradient checkpointing if that is on."""
         if self.grad_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
+            return checkpoint(block, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _still(block)))
         return block(*inputs)
 
     def check_layers(self, layers: Sequence[int]) -> None:
@@ -156,6 +157,21 @@ class Backbone(nn.Module, ABC):
         if tuple(size) != self.image_size:
             ours, theirs = "x".join(map(str, self.image_size)), "x".join(map(str, size))
             raise SettingError(f"images are {theirs}, the backbone was built for {ours}: resize, or set image_size to {theirs}")
+
+
+@contextmanager
+def _still(block: nn.Module) -> Iterator[None]:
+    """Batch norms compute as before and leave their running statistics alone: what is computed again must not count again."""
+    norms = [part for part in block.modules() if isinstance(part, nn.BatchNorm2d) and part.training]
+    kept = [(norm.momentum, norm.num_batches_tracked.clone()) for norm in norms if norm.num_batches_tracked is not None]
+    for norm in norms:
+        norm.momentum = 0.0
+    try:
+        yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, kept, strict=True):
+            norm.momentum = momentum
+            norm.num_batches_tracked.copy_(batches)  # type: ignore[union-attr]
 
 
 def zero_hidden(image_BCHW: Tensor, hidden_BPQ: Tensor) -> Tensor:

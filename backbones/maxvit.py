@@ -57,8 +57,8 @@ class MaxViT(Staged):
         super().__init__(image, in_channels, num_classes, embed_dim, depths, STEM_STRIDE, strides[-1])
         if any(width % HEAD for width in embed_dim):
             raise SettingError(f"embed_dim {list(embed_dim)}: each is to be a multiple of {HEAD}, the width of an attention head")
-        window = self.feature_grid if window_size is None else sides(window_size, "window_size")
-        check_tiling(image, strides, window, smaller_maps=False)
+        window = self.window = self.feature_grid if window_size is None else sides(window_size, "window_size")
+        check_tiling(image, strides, [window] * len(depths), smaller_maps=False)
         self.stem = ConvStem(self.stem_grid, in_channels, stem_width)
         stages, inside = [], stem_width
         for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
@@ -96,9 +96,9 @@ class MaxViT(Staged):
     def timm_arguments(self) -> dict[str, Any]:
         """Keywords for `timm.create_model`."""
         arguments = super().timm_arguments()
-        if window := arguments.pop("window_size", None):
-            arguments["transformer_window_size"] = arguments["transformer_grid_size"] = sides(window)
-        return arguments
+        arguments.pop("window_size", None)
+        window = {"transformer_window_size": self.window, "transformer_grid_size": self.window}
+        return arguments | window | {"head_hidden_size": self.embed_dim}
 
 
 class ConvStem(nn.Module):

@@ -65,7 +65,7 @@ class Swin(Staged):
         super().__init__(image, in_channels, num_classes, widths, depths, patch_size, strides[-1])
         if len(num_heads) != len(depths) or any(heads < 1 or width % heads for width, heads in zip(widths, num_heads, strict=True)):
             raise SettingError(f"num_heads {list(num_heads)} must divide the widths {widths} of the {len(depths)} stages")
-        check_tiling(image, strides, window)
+        check_tiling(image, strides, [window] * len(depths))
         self.stem = PatchStem(self.stem_grid, (patch_size, patch_size), in_channels, embed_dim, nn.LayerNorm(embed_dim))
         stages = []
         for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)):

@@ -51,11 +51,13 @@ class Twins(Staged):
                 raise SettingError(f"{name} {list(values)} has {len(values)} values, there are {len(depths)} stages; give one for each")
         if any(width % heads for width, heads in zip(embed_dims, num_heads, strict=True)):
             raise SettingError(f"num_heads {list(num_heads)} must divide embed_dims {list(embed_dims)}")
+        if wss:
+            check_tiling(image, strides, [(side, side) for side in wss], smaller_maps=False)
         self.stem = PatchStem(self.stem_grid, (patch_size, patch_size), in_channels, embed_dims[0], nn.LayerNorm(embed_dims[0]))
         stages = []
         for i, rates in enumerate(drop_path_rates(drop_path_rate, depths)):
             grid, width = (image[0] // strides[i], image[1] // strides[i]), embed_dims[i]
-            local = self._windows(image, strides[i], wss[i], num_heads[i]) if wss else None
+            local = windows_of(grid, (wss[i], wss[i]), num_heads[i], shifted=False) if wss else None
             _check_summary(grid, sr_ratios[i])
             blocks = []
             for j, rate in enumerate(rates):
@@ -90,11 +92,6 @@ class Twins(Staged):
     def no_weight_decay_names(self) -> set[str]:
         """Also the convolutions that make positions."""
         return super().no_weight_decay_names() | {name for name, _ in self.named_parameters() if ".position." in name}
-
-    @staticmethod
-    def _windows(image: Grid, stride: int, side: int, heads: int) -> Windows:
-        check_tiling(image, [stride], (side, side), smaller_maps=False)
-        return windows_of((image[0] // stride, image[1] // stride), (side, side), heads, shifted=False)
 
 
 def _check_summary(grid: Grid, ratio: int) -> None:

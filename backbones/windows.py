@@ -5,6 +5,7 @@ Partition into windows, cyclic shift and MaxViT's grid are each a permutation of
 Legend: B batch, h w feature grid, T = h*w tokens, W windows, N tokens of a window, D width, n heads, d width of a head.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,22 +18,22 @@ from mimetic.backbones.interpolation import resize_table
 from mimetic.engine.errors import SettingError
 
 
-def check_tiling(image: Grid, strides: list[int], window: Grid, *, smaller_maps: bool = True) -> None:
+def check_tiling(image: Grid, strides: Sequence[int], windows: Sequence[Grid], *, smaller_maps: bool = True) -> None:
     """Refuses an image whose maps the windows do not tile.
 
     Args:
         image: (H, W) in pixels.
         strides: of each stage's map; the image is a multiple of the last.
-        window: (height, width) in tokens.
+        windows: (height, width) in tokens, of each stage.
         smaller_maps: whether a map may be smaller than a window; it is one window then.
 
     Raises:
-        SettingError: names the stage, both sizes, and the next image sizes that fit.
+        SettingError: names both sizes, and the nearest image sizes that fit.
     """
 
     def fits(side: int, axis: int) -> bool:
-        maps = [side // stride for stride in strides]
-        return side % strides[-1] == 0 and all(cells % window[axis] == 0 or (smaller_maps and cells < window[axis]) for cells in maps)
+        pairs = [(side // stride, window[axis]) for stride, window in zip(strides, windows, strict=True)]
+        return side % strides[-1] == 0 and all(cells % tile == 0 or (smaller_maps and cells < tile) for cells, tile in pairs)
 
     if all(fits(side, axis) for axis, side in enumerate(image)):
         return
@@ -40,8 +41,9 @@ def check_tiling(image: Grid, strides: list[int], window: Grid, *, smaller_maps:
     for step in (-strides[-1], strides[-1]):
         found = [next((s for s in range(side, side + 200 * step, step) if s > 0 and fits(s, axis)), 0) for axis, side in enumerate(image)]
         around += ["x".join(map(str, found))] if all(found) else []
-    raise SettingError(f"image_size {image[0]}x{image[1]} gives maps that windows of {window[0]}x{window[1]} do not tile; image_size "
-                       f"{' and '.join(around)} can be tiled, or set another window_size")  # fmt: skip
+    told = " and ".join(dict.fromkeys("x".join(map(str, window)) for window in windows))
+    raise SettingError(f"image_size {image[0]}x{image[1]} gives maps that windows of {told} do not tile; image_size "
+                       f"{' and '.join(around)} can be tiled, or set another window size")  # fmt: skip
 
 
 def relative_offsets(window: Grid) -> Tensor:

@@ -1,10 +1,13 @@
 """What several test files share."""
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # one process per core: more threads would only wait for each other
 
 
 @pytest.fixture(autouse=True)
