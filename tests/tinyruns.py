@@ -70,7 +70,7 @@ def make_world(folder: Path) -> Path:
     return folder
 
 
-def _settings(settings: dict[str, Any]) -> list[str]:
+def settings_words(settings: dict[str, Any]) -> list[str]:
     words = []
     for name, value in settings.items():
         words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
@@ -84,7 +84,7 @@ def beit_arguments(world: Path, out: Path, *, overrides: dict[str, Any] | None =
         "tokenizer.path": world / "tokenizer", "backbone.name": "vit_tiny_patch16_224", "backbone.image_size": 16,
         "backbone.overrides": TINY | (overrides or {}), "mask.count": 8, "mask.min_block": 2, "views.crop_low": 0.5,
     }  # fmt: skip
-    return _settings(settings | {name.replace("__", "."): value for name, value in changes.items()})
+    return settings_words(settings | {name.replace("__", "."): value for name, value in changes.items()})
 
 
 def classify_arguments(world: Path, out: Path, *, overrides: dict[str, Any] | None = None, **changes: Any) -> list[str]:
@@ -94,7 +94,7 @@ def classify_arguments(world: Path, out: Path, *, overrides: dict[str, Any] | No
         "evaluation.index": world / "held-out", "backbone.name": "vit_tiny_patch16_224", "backbone.image_size": 16,
         "backbone.overrides": TINY | (overrides or {}),
     }  # fmt: skip
-    return _settings(settings | {name.replace("__", "."): value for name, value in changes.items()})
+    return settings_words(settings | {name.replace("__", "."): value for name, value in changes.items()})
 
 
 def dvae_arguments(world: Path, out: Path, **changes: Any) -> list[str]:
@@ -104,7 +104,7 @@ def dvae_arguments(world: Path, out: Path, **changes: Any) -> list[str]:
         "evaluate_on": world / "held-out", "dvae.vocab_size": 16, "dvae.stride": 4, "dvae.width": 16, "dvae.code_width": 8,
         "dvae.restart_every": 4, "dvae.seed_images": 100, "views.image_size": 16,
     }  # fmt: skip
-    return _settings(settings | {name.replace("__", "."): value for name, value in changes.items()})
+    return settings_words(settings | {name.replace("__", "."): value for name, value in changes.items()})
 
 
 def run_here(kind: str, arguments: list[str]) -> Path:
