@@ -6,6 +6,7 @@ d width of a head, G = B*W.
 
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -87,6 +88,10 @@ class Swin(Staged):
         """Name in timm's model."""
         name = re.sub("^stem", "patch_embed", re.sub("^stages", "layers", name))
         return re.sub("^head", "head.fc", name).replace(".rel_pos_bias.", ".")
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """Keywords for `timm.create_model`; it refuses the one that leaves out the shift, for it has no such net."""
+        return {name: value for name, value in super().timm_arguments().items() if (name, value) != ("shifted", True)}
 
 
 def windows_of(grid: Grid, window: Grid, heads: int, shifted: bool) -> Windows:

@@ -221,7 +221,7 @@ class SmallAttention(torch.autograd.Function):
         of_score = torch._softmax_backward_data(torch.bmm(gradient, v.mT), share, -1, share.dtype)
         of_bias = None
         if ctx.bias_shape is not None and ctx.needs_input_grad[1]:
-            of_bias = of_score.view(-1, *ctx.bias_shape).sum(0)
+            of_bias = of_score.view(-1, ctx.bias_shape[0], qkv_3GnNd.shape[2], *ctx.bias_shape[2:]).sum(0).sum_to_size(ctx.bias_shape)
         of_qkv = torch.empty_like(qkv_3GnNd)
         of_q, of_k, of_v = of_qkv.flatten(1, 2).unbind(0)
         torch.baddbmm(of_q, of_score, k, beta=0, alpha=ctx.scale, out=of_q)
