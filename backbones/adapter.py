@@ -41,10 +41,10 @@ def adapt(name: str, num_classes: int, image_size: int | Sequence[int] | None, i
     try:
         if _takes_a_size(name):
             arguments["img_size"] = size
-        net = timm.create_model(name, **arguments)
+        return TimmBackbone(timm.create_model(name, **arguments), size, in_channels, num_classes, arguments)
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        raise SettingError(f"timm:{name} cannot be built with {arguments}: {' '.join(str(error).split())}") from None
-    return TimmBackbone(net, size, in_channels, num_classes, arguments)
+        told = f"{arguments} for images of {size[0]}x{size[1]}"
+        raise SettingError(f"timm:{name} cannot be built with {told}: {' '.join(str(error).split())}") from None
 
 
 def _takes_a_size(name: str) -> bool:
@@ -120,7 +120,8 @@ class TimmBackbone(Backbone):
         if not isinstance(x, Tensor) or x.dim() not in (3, 4):
             raise SettingError(f"{type(net).__name__} of timm yields no feature map, but {type(x).__name__}; it cannot be pretrained here")
         if x.dim() == 4:
-            return (rearrange(x, "B h w D -> B D h w") if getattr(net, "output_fmt", "NCHW") == "NHWC" else x), None
+            channels_last = x.shape[1] != net.num_features == x.shape[-1]
+            return rearrange(x, "B h w D -> B D h w") if channels_last else x, None
         count = x.shape[1] - self.prefix
         h, w = (-(-side // self.reduction) for side in self.image_size) if self.reduction else (0, 0)
         if h * w != count:
@@ -135,7 +136,9 @@ class TimmBackbone(Backbone):
         from timm.models import group_parameters
 
         groups = group_parameters(self.net, self.net.group_matcher(coarse=False))
-        return {name: int(group) for group, members in groups.items() for name in members}
+        depths = {name: int(group) for group, members in groups.items() for name in members}
+        last = max(depth for name, depth in depths.items() if name not in self.heads)
+        return {name: min(depth, last) for name, depth in depths.items()}  # a classifier is as deep as what it stands on
 
     def depth_of(self, parameter_name: str) -> int:
         """Depth for layer decay, as timm counts it; the mask token counts as the stem."""
@@ -144,7 +147,8 @@ class TimmBackbone(Backbone):
     def no_weight_decay_names(self) -> set[str]:
         """What timm's net exempts, and the mask token."""
         theirs = self.net.no_weight_decay() if hasattr(self.net, "no_weight_decay") else set()
-        return {f"net.{name}" for name in theirs} | {f"stand_in.{MASK_TOKEN}"}
+        named = {f"net.{name}" for name in theirs} | {f"stand_in.{MASK_TOKEN}"}
+        return named & {name for name, _ in self.named_parameters()}
 
     def head_names(self) -> set[str]:
         """Names of the parameters that the map does not depend on."""

@@ -56,7 +56,7 @@ def rollout(maps: Sequence[Tensor], fuse: str = "mean", discard: float = 0.0, no
     for map_BnNN in maps:
         fused_BNN = FUSIONS[fuse](map_BnNN)
         if dropped := int(discard * fused_BNN[0].numel()):
-            lowest = fused_BNN.flatten(1).argsort(1, stable=True)[:, :dropped]
+            lowest = fused_BNN.flatten(1).argsort(dim=1, stable=True)[:, :dropped]
             fused_BNN = fused_BNN.flatten(1).scatter(1, lowest, 0.0).view_as(fused_BNN)
         step_BNN = fused_BNN + torch.eye(fused_BNN.shape[-1], dtype=fused_BNN.dtype, device=fused_BNN.device)
         if normalize:
@@ -99,24 +99,31 @@ def position_similarity(backbone: ViT) -> Tensor | None:
 
 
 def reach(backbone: Backbone, cell: tuple[int, int]) -> list[Tensor]:
-    """Where information of a place of the last map can have come from: bool maps (h, w), before the last block, ..., before the first.
+    """Where information of a place can have come from after block 0, 1, ...: bool maps on the stem's grid.
 
     The structure alone tells: windows, shifts, grids, convolutions and steps between stages, whatever the weights.
+
+    Args:
+        cell: (row, column) of the last map; in larger maps the place in its middle is meant.
 
     Raises:
         SettingError: a net that mixes all places in every block, or a cell outside the map.
     """
     if not isinstance(backbone, Staged) or not all(hasattr(block, "reach") for stage in backbone.stages for block in stage.blocks):
         raise SettingError(f"{backbone.config.get('name', 'this net')} mixes all places in every block: each can have come from everywhere")
-    seen_hw = torch.zeros(backbone.feature_grid, dtype=torch.bool)
-    seen_hw.view(-1)[_place(cell, backbone.feature_grid)] = True
+    _place(cell, backbone.feature_grid)
     maps = []
-    for stage in reversed(backbone.stages):
-        for block in reversed(stage.blocks):
-            seen_hw = block.reach(seen_hw)
+    for last, stage in enumerate(backbone.stages):
+        grid = [side << (len(backbone.stages) - 1 - last) for side in backbone.feature_grid]
+        row, column = (int((at + 0.5) * side / places) for at, side, places in zip(cell, grid, backbone.feature_grid, strict=True))
+        for block in range(len(stage.blocks)):
+            seen_hw = torch.zeros(grid[0], grid[1], dtype=torch.bool)
+            seen_hw[row, column] = True
+            for i in range(last, -1, -1):
+                passed = backbone.stages[i].blocks[: block + 1] if i == last else backbone.stages[i].blocks
+                for step in (*reversed(passed), backbone.stages[i].downsample):
+                    seen_hw = step.reach(seen_hw) if hasattr(step, "reach") else seen_hw
             maps.append(seen_hw)
-        if hasattr(stage.downsample, "reach"):
-            seen_hw = stage.downsample.reach(seen_hw)
     return maps
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
-from mimetic.backbones.catalog import arguments_of, create_backbone
+from mimetic.backbones.catalog import ADAPTED, arguments_of, create_backbone
 from mimetic.backbones.contract import MASK_TOKEN, Backbone
 from mimetic.backbones.resize import fitted, resized
 from mimetic.engine.config import write_atomically
@@ -40,13 +40,14 @@ def save_backbone(backbone: Backbone, folder: Path, *, mean: Sequence[float], st
     save_file(state, temporary / WEIGHTS)
     save_file({MASK_TOKEN: backbone.mask_token.detach().cpu().contiguous()}, temporary / MASK)
     height, width = backbone.image_size
+    arguments = {name: value for name, value in backbone.timm_arguments().items() if name != "num_classes"}
     config = {
-        "architecture": backbone.config["name"],
+        "architecture": backbone.config["name"].removeprefix(ADAPTED),
         "num_classes": backbone.num_classes,
         "num_features": backbone.embed_dim,
-        "model_args": {name: value for name, value in backbone.timm_arguments().items() if name != "num_classes"},
+        "model_args": arguments,
         "pretrained_cfg": {
-            "input_size": [backbone.in_channels, height, width], "fixed_input_size": True, "interpolation": "bicubic",
+            "input_size": [backbone.in_channels, height, width], "fixed_input_size": "img_size" in arguments, "interpolation": "bicubic",
             "crop_pct": 1.0, "mean": list(mean), "std": list(std), "num_classes": backbone.num_classes,
         },
         "mimetic": {"create_backbone": backbone.config, "mask_grid": list(backbone.mask_grid)} | (provenance or {}),

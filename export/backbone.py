@@ -81,12 +81,19 @@ def _tokens(backbone: Backbone, image_BCHW: Tensor) -> Tensor:
 def _timm_tokens(out: Path, trained: Backbone, image_BCHW: Tensor) -> Tensor:
     import timm
 
-    model: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    prefix = int(getattr(model, "num_prefix_tokens", 1))
+    try:
+        model: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
+    except TypeError as error:  # an entry of timm's that sets this argument itself, or a net that timm does not have
+        changed = ", ".join(trained.config["overrides"])
+        raise CheckpointError(f"timm cannot build {trained.config['name']} with other {changed} ({error}); --to safetensors can") from None
     with torch.no_grad():
-        tokens = model.forward_features(image_BCHW)[:, prefix:]
-        # With mean pooling timm norms after the mean; our map is always normed.
-        return model.fc_norm(tokens) if getattr(trained, "global_pool", "") == "avg" else tokens
+        x, expected = model.forward_features(image_BCHW), _tokens(trained, image_BCHW)
+        if x.dim() == 4:  # channels last or first
+            x = x.flatten(1, 2) if x.shape[-1] == trained.embed_dim else x.flatten(2).mT
+        x = x[:, x.shape[1] - expected.shape[1] :]
+        # Where timm norms after the mean, it keeps the norm in the head; our map is always normed.
+        norm = model.head.norm if hasattr(getattr(model, "head", None), "norm") else getattr(model, "fc_norm", torch.nn.Identity())
+        return norm(x.mT[..., None])[..., 0].mT if type(norm).__name__ == "LayerNorm2d" else norm(x)
 
 
 def _refuse_foreign(out: Path) -> None:

@@ -117,14 +117,13 @@ def _draw_reach(figure: Any, backbone: Backbone, image_BCHW: Tensor, shown_HWC: 
     axes = top.subplots(1, 3)
     place = torch.zeros(backbone.feature_grid)
     place[at] = 1
-    _overlay(axes[0], shown_HWC, place, "the place")
-    _overlay(axes[1], shown_HWC, maps[-1].float(), "pixels it can have used")
-    _overlay(axes[2], shown_HWC, _influence(backbone, image_BCHW, at), "how much it did use them here")
-    blocks.suptitle("where its information lay before each block, from the last block back", color=INK, fontsize=10)
+    _plain(axes[0], shown_HWC, "image")
+    _overlay(axes[1], shown_HWC, place, "the place")
+    _overlay(axes[2], shown_HWC, _influence(backbone, image_BCHW, at), "how much it used each part in the end")
+    blocks.suptitle("where its information can have come from after each block", color=INK, fontsize=10)
     for i, axis in enumerate(_grid(blocks, rows)):
         if i < len(maps):
-            share = f"{100 * maps[i].float().mean():.0f} % of {'x'.join(map(str, maps[i].shape))}"
-            _overlay(axis, shown_HWC, maps[i].float(), f"block {len(maps) - 1 - i}: {share}")
+            _overlay(axis, shown_HWC, maps[i].float(), f"block {i}: {100 * maps[i].float().mean():.3g} %")
         else:
             axis.axis("off")
 
@@ -140,8 +139,8 @@ def _influence(backbone: Backbone, image_BCHW: Tensor, cell: Cell) -> Tensor:
 
 def _draw_distance(axis: Any, distance_ln: Tensor) -> None:
     for head in range(distance_ln.shape[1]):
-        axis.plot(distance_ln[:, head], ".", color="#b5367a", markersize=5, alpha=0.6)
-    axis.plot(distance_ln.mean(1), color=INK, linewidth=1)
+        axis.plot(distance_ln[:, head].numpy(), ".", color="#b5367a", markersize=5, alpha=0.6)
+    axis.plot(distance_ln.mean(1).numpy(), color=INK, linewidth=1)
     axis.set_title("how far each head looks", color=INK, fontsize=9)
     axis.set_xlabel("layer", fontsize=8)
     axis.set_ylabel("mean distance, pixels", fontsize=8)
@@ -161,8 +160,8 @@ def _draw_positions(axis: Any, backbone: ViT) -> None:
     tiles = similar[::step, ::step]
     gap = torch.full((tiles.shape[0], tiles.shape[1], p + 1, q + 1), torch.nan)
     gap[..., :p, :q] = tiles
-    axis.imshow(gap.permute(0, 2, 1, 3).reshape(tiles.shape[0] * (p + 1), -1), cmap="viridis", vmin=-1, vmax=1)
-    axis.set_title(f"likeness of positions, every {step}. patch" if step > 1 else "likeness of positions", color=INK, fontsize=9)
+    axis.imshow(gap.permute(0, 2, 1, 3).reshape(tiles.shape[0] * (p + 1), -1).numpy(), cmap="viridis", vmin=-1, vmax=1)
+    axis.set_title(f"likeness of positions, one in {step}" if step > 1 else "likeness of positions", color=INK, fontsize=9)
     axis.axis("off")
 
 
@@ -182,6 +181,6 @@ def _overlay(axis: Any, shown_HWC: NDArray[np.uint8], heat_hw: Tensor, title: st
     grey_HW = shown_HWC.mean(-1)
     heat = heat_hw.detach().double() / heat_hw.max().clamp(min=1e-12)
     axis.imshow(grey_HW, cmap="gray", extent=(0, width, height, 0))
-    axis.imshow(heat, cmap=HEAT, alpha=0.65, extent=(0, width, height, 0), vmin=0, vmax=1, interpolation="nearest")
+    axis.imshow(heat.numpy(), cmap=HEAT, alpha=0.65, extent=(0, width, height, 0), vmin=0, vmax=1, interpolation="nearest")
     axis.set_title(title, color=INK, fontsize=8)
     axis.axis("off")

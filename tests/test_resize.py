@@ -17,6 +17,7 @@ from mimetic.backbones.files import load_backbone, save_backbone, transfer
 from mimetic.backbones.interpolation import adapt_channels, resize_positions, resize_table
 from mimetic.backbones.resize import resized
 from mimetic.engine.errors import CheckpointError, SettingError
+from mimetic.export.backbone import _checked
 
 # timm's own interpolation, our oracle here, uses what PyTorch warns of.
 pytestmark = pytest.mark.filterwarnings("ignore:Using a non-tuple sequence", "ignore:torch.searchsorted")
@@ -157,6 +158,21 @@ def test_fine_tuning_takes_over_another_size_and_says_so(case):
         other = create_backbone(name, 5, 2 * size, 1, **overrides)
         assert transfer(source, other) == [f"positions interpolated from {size}x{size} to {2 * size}x{2 * size} pixels",
                                            "the stem adapted from 3 to 1 channels"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["poolformer_s12", "maxvit_tiny_tf_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256",
+                                  "twins_svt_small", "resmlp_12_224"])  # fmt: skip
+def test_what_is_exported_timm_opens_with_the_same_features(name, tmp_path):
+    save_backbone(perturb_(create_backbone(name)), tmp_path / "backbone", mean=[0.5] * 3, std=[0.5] * 3)
+    trained = load_backbone(tmp_path)
+    snippet = _checked(trained, tmp_path / "backbone", tmp_path / "exported", "timm")
+    assert f"local-dir:{tmp_path / 'exported'}" in snippet
+
+
+def test_what_timm_cannot_build_is_said_in_one_line(tmp_path):
+    save_backbone(small("poolformer"), tmp_path / "backbone", mean=[0.5] * 3, std=[0.5] * 3)
+    with pytest.raises(CheckpointError, match=r"timm cannot build poolformer_s12 with other depths, dims .*; --to safetensors can"):
+        _checked(load_backbone(tmp_path), tmp_path / "backbone", tmp_path / "exported", "timm")
 
 
 def test_weights_that_mean_something_else_are_refused():
