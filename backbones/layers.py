@@ -14,7 +14,17 @@ from mimetic.backbones.contract import Grid, hide, repeat_mask, zero_hidden
 from mimetic.engine.errors import SettingError
 
 
-def mlp(width: int, hidden: int, activation: Callable[[], nn.Module] = nn.GELU) -> nn.Sequential:
+class Gelu(nn.GELU):
+    """GELU; where no gradient is wanted it overwrites its input, which the layer before has just made: large maps cost memory's time."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Any shape."""
+        if torch.is_grad_enabled():
+            return super().forward(input)
+        return torch.ops.aten.gelu_(input, approximate=self.approximate)
+
+
+def mlp(width: int, hidden: int, activation: Callable[[], nn.Module] = Gelu) -> nn.Sequential:
     """The transformer's two linear layers with an activation between them, on the last axis."""
     return nn.Sequential(OrderedDict(fc1=nn.Linear(width, hidden), act=activation(), fc2=nn.Linear(hidden, width)))
 

@@ -19,14 +19,14 @@ from torch import Tensor, nn
 
 from mimetic.backbones.contract import TABLE, Grid, hide, repeat_mask, sides, zero_hidden
 from mimetic.backbones.interpolation import resize_table
-from mimetic.backbones.layers import drop_path, drop_path_rates, mlp, neighbours
+from mimetic.backbones.layers import Gelu, drop_path, drop_path_rates, mlp, neighbours
 from mimetic.backbones.staged import Stage, Staged
 from mimetic.backbones.windows import Windows, attend, check_tiling, grid_order, relative_position_index, window_order
 from mimetic.engine.errors import SettingError
 
 HEAD = 32  # d
 STEM_STRIDE = 2
-gelu = partial(nn.GELU, approximate="tanh")
+gelu = partial(Gelu, approximate="tanh")
 batch_norm = partial(nn.BatchNorm2d, eps=1e-3)
 layer_norm = partial(nn.LayerNorm, eps=1e-5)
 

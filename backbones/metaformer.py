@@ -14,7 +14,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from mimetic.backbones.contract import Grid, hide, repeat_mask, sides, zero_hidden
-from mimetic.backbones.layers import PlacesLinear, drop_path, drop_path_rates, neighbours
+from mimetic.backbones.layers import Gelu, PlacesLinear, drop_path, drop_path_rates, neighbours
 from mimetic.backbones.staged import Stage, Staged
 from mimetic.engine.errors import SettingError
 
@@ -127,7 +127,7 @@ class MetaFormerBlock(nn.Module):
         self.layer_scale1 = Scale(width, layer_scale)
         self.norm2 = nn.GroupNorm(1, width)
         fc1, fc2 = nn.Conv2d(width, 4 * width, 1), nn.Conv2d(4 * width, width, 1)
-        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), fc2=fc2))
+        self.mlp = nn.Sequential(OrderedDict(fc1=fc1, act=Gelu(), fc2=fc2))
         self.layer_scale2 = Scale(width, layer_scale)
         self.drop_path = drop_path
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mimetic.backbones.contract import sides
-from mimetic.backbones.layers import PatchStem, PlacesLinear, drop_path, drop_path_rates, mlp
+from mimetic.backbones.layers import Gelu, PatchStem, PlacesLinear, drop_path, drop_path_rates, mlp
 from mimetic.backbones.staged import Stage, Staged
 from mimetic.engine.errors import SettingError
 
@@ -130,7 +130,7 @@ class GatedMlpBlock(nn.Module):
             raise SettingError(f"embed_dim {width} times mlp_ratio {mlp_ratio:g} is {hidden}; the gate needs an even number")
         self.norm = layer_norm(width)
         fc1, fc2 = nn.Linear(width, hidden), nn.Linear(hidden // 2, width)
-        self.mlp_channels = nn.Sequential(OrderedDict(fc1=fc1, act=nn.GELU(), gate=SpatialGate(hidden // 2, places), fc2=fc2))
+        self.mlp_channels = nn.Sequential(OrderedDict(fc1=fc1, act=Gelu(), gate=SpatialGate(hidden // 2, places), fc2=fc2))
         self.drop_path = drop_path
 
     def forward(self, x_BhwD: Tensor) -> Tensor:

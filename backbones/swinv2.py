@@ -94,13 +94,8 @@ class CosineWindowAttention(nn.Module):
         """(B, h, w, D) -> (B, h, w, D)."""
         bias_E = None if self.q_bias is None else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
         qkv_3GnNd = self.windows.split(F.linear(x_BhwD, self.qkv.weight, bias_E))
-        # q / |q| and k / |k|, with 1 / temperature on the queries: one factor per token and head, 1 for values.
-        length_2GnN1 = torch.linalg.vector_norm(qkv_3GnNd[:2], dim=-1, keepdim=True).clamp(min=1e-12)
-        scale_n11 = self.logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp().to(length_2GnN1.dtype)
-        of_q, of_k = length_2GnN1.reciprocal().unbind(0)
-        qkv_3GnNd = qkv_3GnNd * torch.stack([of_q * scale_n11, of_k, torch.ones_like(of_k)])
-        x_GnNd = attend(qkv_3GnNd, self.windows.masked(self._bias()), scale=1.0)
-        return self.proj(self.windows.merge(x_GnNd, self.grid))
+        scale_n11 = self.logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp()
+        return self.proj(self.windows.merge(attend(qkv_3GnNd, self.windows.masked(self._bias()), scale_n11), self.grid))
 
     def _bias(self) -> Tensor:
         """Bias on the attention scores, (n, N, N), between 0 and 16."""

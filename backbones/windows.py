@@ -109,6 +109,8 @@ class Windows(nn.Module):
     def __init__(self, order_T: Tensor, size: int, heads: int, region_T: Tensor | None = None) -> None:
         super().__init__()
         self.size, self.heads = size, heads
+        self._batch: tuple[int, torch.device] | None = None
+        self._orders: Any = None
         self.register_buffer("token_WN", order_T.view(-1, size), persistent=False)
         token_W1N, head_n1 = self.token_WN[:, None], torch.arange(heads)[:, None]
         # Rows of d numbers. The projection has S = T * 3 * n of them in the order (token, qkv, head); each of queries, keys and
@@ -128,21 +130,28 @@ class Windows(nn.Module):
 
     def split(self, qkv_BhwE: Tensor) -> Tensor:
         """(B, h, w, 3 n d) -> queries, keys and values window by window, (3, B W, n, N, d)."""
-        batch, count = len(qkv_BhwE), self.to_heads_3R.shape[1]
-        image_B = torch.arange(batch, device=qkv_BhwE.device)
-        there = self.to_heads_3R[:, None] + image_B[None, :, None] * 3 * count
-        part_S, row_S = self.from_heads_S // count, self.from_heads_S % count
-        back = part_S * count * batch + row_S + image_B[:, None] * count
-        rows_Sd = Reordered.apply(qkv_BhwE.reshape(batch * 3 * count, -1), there.flatten(), back.flatten())
+        batch = len(qkv_BhwE)
+        to_heads, from_heads, _, _ = self._over(batch, qkv_BhwE.device)
+        rows_Sd = Reordered.apply(qkv_BhwE.reshape(len(to_heads), -1), to_heads, from_heads)
         return rows_Sd.view(3, -1, self.heads, self.size, rows_Sd.shape[-1])
 
     def merge(self, x_GnNd: Tensor, grid: Grid) -> Tensor:
         """(B W, n, N, d) -> (B, h, w, n d), tokens back at their places."""
-        width, count = x_GnNd.shape[-1], len(self.to_tokens_R)
+        width = x_GnNd.shape[-1]
         rows_Rd = x_GnNd.reshape(-1, width)
-        image_B1 = torch.arange(len(rows_Rd) // count, device=x_GnNd.device)[:, None] * count
-        rows_Rd = Reordered.apply(rows_Rd, (self.to_tokens_R + image_B1).flatten(), (self.from_tokens_R + image_B1).flatten())
-        return rows_Rd.view(-1, *grid, self.heads * width)
+        _, _, to_tokens, from_tokens = self._over(len(rows_Rd) // len(self.to_tokens_R), rows_Rd.device)
+        return Reordered.apply(rows_Rd, to_tokens, from_tokens).view(-1, *grid, self.heads * width)
+
+    def _over(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The orders for the rows of a whole batch, there and back; made once for each batch size, since all blocks need them."""
+        if self._batch != (batch, device):
+            count, image_B = len(self.to_tokens_R), torch.arange(batch, device=device)
+            to_heads = (self.to_heads_3R[:, None] + image_B[None, :, None] * 3 * count).flatten()
+            part_S, row_S = self.from_heads_S // count, self.from_heads_S % count
+            from_heads = (part_S * count * batch + row_S + image_B[:, None] * count).flatten()
+            tokens = [(order_R + image_B[:, None] * count).flatten() for order_R in (self.to_tokens_R, self.from_tokens_R)]
+            self._batch, self._orders = (batch, device), tuple(order.int() for order in (to_heads, from_heads, *tokens))
+        return self._orders
 
     def reach(self, seen_hw: Tensor) -> Tensor:
         """Places that those of `seen_hw` (bool) attend to, (h, w)."""
@@ -175,59 +184,72 @@ class Reordered(torch.autograd.Function):
         return gradient.index_select(0, back_R), None, None
 
 
-def attend(qkv_3GnNd: Tensor, bias_WnNN: Tensor | None = None, scale: float | None = None) -> Tensor:
-    """softmax(scale q k^T + bias) v over many small groups of tokens, (G, n, N, d).
+def attend(qkv_3GnNd: Tensor, bias_WnNN: Tensor | None = None, scale_n11: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v over many small groups of tokens, (G, n, N, d).
 
     Args:
         bias_WnNN: added to the scores; G is a multiple of W, groups of an image follow each other.
-        scale: of the scores; the default is d ** -0.5.
+        scale_n11: for cosine attention, softmax(scale cos(q, k) + bias) v (SwinV2, arXiv:2111.09883).
 
     On accelerators it is PyTorch's fused attention. On CPUs that one is slow for groups of a few dozen tokens, more so for a
     bias that wants a gradient (benchmarks/backbones.py); batched products with a backward of their own are faster.
     """
-    scale = qkv_3GnNd.shape[-1] ** -0.5 if scale is None else scale
-    if bias_WnNN is not None:
-        bias_WnNN = bias_WnNN.to(qkv_3GnNd.dtype)
-    if qkv_3GnNd.device.type not in ("cpu", "meta"):
-        if bias_WnNN is not None and len(bias_WnNN) > 1:
-            bias_WnNN = bias_WnNN.repeat(qkv_3GnNd.shape[1] // len(bias_WnNN), 1, 1, 1)
-        return F.scaled_dot_product_attention(*qkv_3GnNd.unbind(0), attn_mask=bias_WnNN, scale=scale)
-    with torch.autocast("cpu", enabled=False):
-        return SmallAttention.apply(qkv_3GnNd, bias_WnNN, scale)
+    dtype = qkv_3GnNd.dtype
+    bias_WnNN, scale_n11 = (None if x is None else x.to(dtype) for x in (bias_WnNN, scale_n11))
+    if qkv_3GnNd.device.type in ("cpu", "meta"):
+        with torch.autocast("cpu", enabled=False):
+            return SmallAttention.apply(qkv_3GnNd, bias_WnNN, scale_n11)
+    q, k, v = qkv_3GnNd.unbind(0)
+    if scale_n11 is not None:
+        q, k = F.normalize(q, dim=-1).to(dtype) * scale_n11, F.normalize(k, dim=-1).to(dtype)
+    if bias_WnNN is not None and len(bias_WnNN) > 1:
+        bias_WnNN = bias_WnNN.repeat(len(q) // len(bias_WnNN), 1, 1, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_WnNN, scale=None if scale_n11 is None else 1.0)
 
 
 class SmallAttention(torch.autograd.Function):
     """`attend` as batched matrix products, with nothing computed twice and nothing copied on the way back."""
 
     @staticmethod
-    def forward(ctx: Any, qkv_3GnNd: Tensor, bias_WnNN: Tensor | None, scale: float) -> Tensor:
+    def forward(ctx: Any, qkv_3GnNd: Tensor, bias_WnNN: Tensor | None, scale_n11: Tensor | None) -> Tensor:
         """As `attend`."""
+        factor_2GnN1 = None
+        if scale_n11 is not None:
+            factor_2GnN1 = torch.linalg.vector_norm(qkv_3GnNd[:2], dim=-1, keepdim=True).clamp_(min=1e-12).reciprocal_()
+            factor_2GnN1[0] *= scale_n11
+            qkv_3GnNd = torch.cat([qkv_3GnNd[:2] * factor_2GnN1, qkv_3GnNd[2:]])
+        ctx.alpha = 1.0 if scale_n11 is not None else qkv_3GnNd.shape[-1] ** -0.5
         q, k, v = qkv_3GnNd.flatten(1, 2).unbind(0)
-        score = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=scale)
+        score = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=ctx.alpha)
         if bias_WnNN is not None:
             score.view(-1, len(bias_WnNN), qkv_3GnNd.shape[2], *score.shape[1:]).add_(bias_WnNN)
         share = score.softmax(-1)
-        ctx.save_for_backward(qkv_3GnNd, share)
-        ctx.scale, ctx.bias_shape = scale, None if bias_WnNN is None else bias_WnNN.shape
+        ctx.save_for_backward(qkv_3GnNd, share, factor_2GnN1, scale_n11)
+        ctx.bias_shape = None if bias_WnNN is None else bias_WnNN.shape
         return torch.bmm(share, v).view(qkv_3GnNd.shape[1:])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        """Gradients of queries, keys and values, and of the bias."""
-        qkv_3GnNd, share = ctx.saved_tensors
+        """Gradients of queries, keys and values, of the bias and of the scale."""
+        qkv_3GnNd, share, factor_2GnN1, scale_n11 = ctx.saved_tensors
         q, k, v = qkv_3GnNd.flatten(1, 2).unbind(0)
         gradient = gradient.flatten(0, 1)
         of_score = torch._softmax_backward_data(torch.bmm(gradient, v.mT), share, -1, share.dtype)
-        of_bias = None
+        of_bias = of_scale = None
         if ctx.bias_shape is not None and ctx.needs_input_grad[1]:
             of_bias = of_score.view(-1, ctx.bias_shape[0], qkv_3GnNd.shape[2], *ctx.bias_shape[2:]).sum(0).sum_to_size(ctx.bias_shape)
         of_qkv = torch.empty_like(qkv_3GnNd)
         of_q, of_k, of_v = of_qkv.flatten(1, 2).unbind(0)
-        torch.baddbmm(of_q, of_score, k, beta=0, alpha=ctx.scale, out=of_q)
-        torch.baddbmm(of_k, of_score.mT, q, beta=0, alpha=ctx.scale, out=of_k)
+        torch.baddbmm(of_q, of_score, k, beta=0, alpha=ctx.alpha, out=of_q)
+        torch.baddbmm(of_k, of_score.mT, q, beta=0, alpha=ctx.alpha, out=of_k)
         torch.bmm(share.mT, gradient, out=of_v)
-        return of_qkv, of_bias, None
+        if factor_2GnN1 is not None:  # from s q / |q| back to q: what lies along q has no effect
+            along_2GnN1 = (of_qkv[:2] * qkv_3GnNd[:2]).sum(-1, keepdim=True)
+            of_scale = (along_2GnN1[0] / scale_n11).sum((0, 2), keepdim=True)[0] if ctx.needs_input_grad[2] else None
+            along_2GnN1[0] /= scale_n11 * scale_n11
+            of_qkv[:2].addcmul_(qkv_3GnNd[:2], along_2GnN1, value=-1).mul_(factor_2GnN1)
+        return of_qkv, of_bias, of_scale
 
 
 class RelativePositionBias(nn.Module):

@@ -107,7 +107,8 @@ def test_attention_in_small_groups_is_pytorchs_with_all_gradients(bias):
     for ours, theirs in zip(*(torch.autograd.grad((y * towards).sum(), inputs, retain_graph=True) for y in (found, expected)), strict=True):
         assert torch.allclose(ours, theirs, atol=1e-12)
     if bias == (4, 3):
-        assert torch.autograd.gradcheck(lambda q, b: attend(q, b, 0.7), (qkv, added))
+        assert torch.autograd.gradcheck(attend, (qkv, added))
+        assert torch.autograd.gradcheck(attend, (qkv, added, torch.rand(3, 1, 1, dtype=torch.float64, requires_grad=True) + 0.5))
 
 
 def test_grid_attention_takes_every_other_place():
