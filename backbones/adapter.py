@@ -66,7 +66,9 @@ class TimmBackbone(Backbone):
         SettingError: it yields no feature map, or its map does not fit the image.
     """
 
-    def __init__(self, net: nn.Module, image_size: tuple[int, int], in_channels: int, num_classes: int, arguments: dict[str, Any]) -> None:
+    net: Any
+
+    def __init__(self, net: Any, image_size: tuple[int, int], in_channels: int, num_classes: int, arguments: dict[str, Any]) -> None:
         super().__init__()
         self.image_size, self.in_channels, self.num_classes = image_size, in_channels, num_classes
         self.net, self.arguments = net, arguments
@@ -114,7 +116,7 @@ class TimmBackbone(Backbone):
         self.check_image(image_BCHW)
         return self.net(image_BCHW)
 
-    def _features(self, image_BCHW: Tensor, net: nn.Module) -> tuple[Tensor, Tensor | None]:
+    def _features(self, image_BCHW: Tensor, net: Any) -> tuple[Tensor, Tensor | None]:
         """The last map (B, D, h, w), and the tokens before it (B, N, D)."""
         x = net.forward_features(image_BCHW)
         if not isinstance(x, Tensor) or x.dim() not in (3, 4):

@@ -26,7 +26,8 @@ def attention_maps(backbone: ViT, image_BCHW: Tensor) -> list[Tensor]:
     def keep(attention: Any, inputs: tuple[Any, ...]) -> None:
         maps.append(attention.weights(*inputs))
 
-    handles = [block.attn.register_forward_pre_hook(keep) for block in backbone.blocks]
+    blocks: Any = backbone.blocks
+    handles = [block.attn.register_forward_pre_hook(keep) for block in blocks]
     try:
         backbone.eval()(image_BCHW)
     finally:
@@ -107,10 +108,13 @@ def reach(backbone: Backbone, cell: tuple[int, int]) -> list[Tensor]:
         cell: (row, column) of the last map; in larger maps the place in its middle is meant.
 
     Raises:
-        SettingError: a net that mixes all places in every block, or a cell outside the map.
+        SettingError: a net that mixes all places in every block or is none of ours, or a cell outside the map.
     """
-    if not isinstance(backbone, Staged) or not all(hasattr(block, "reach") for stage in backbone.stages for block in stage.blocks):
-        raise SettingError(f"{backbone.config.get('name', 'this net')} mixes all places in every block: each can have come from everywhere")
+    name = backbone.config.get("name", "this net")
+    if not isinstance(backbone, Staged | ViT):
+        raise SettingError(f"what a place of {name} can know is not known here: its blocks are timm's; draw a backbone of `mimetic models`")
+    if isinstance(backbone, ViT) or not all(hasattr(block, "reach") for stage in backbone.stages for block in stage.blocks):
+        raise SettingError(f"{name} mixes all places in every block: each place can know everything")
     _place(cell, backbone.feature_grid)
     maps = []
     for last, stage in enumerate(backbone.stages):

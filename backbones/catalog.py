@@ -94,13 +94,13 @@ WINDOWED = ("patch_size", "embed_dim", "depths", "num_heads", "window_size", "ml
 SWIN = Family(
     build="swin.Swin",
     paper="Liu et al., Swin Transformer: Hierarchical Vision Transformer using Shifted Windows, ICCV 2021, arXiv:2103.14030",
-    common={"patch_size": 4},
+    common={"patch_size": 4, "shifted": True},
     overrides=WINDOWED,
 )
 SWINV2 = Family(
     build="swinv2.SwinV2",
     paper="Liu et al., Swin Transformer V2: Scaling Up Capacity and Resolution, CVPR 2022, arXiv:2111.09883",
-    common={"patch_size": 4},
+    common={"patch_size": 4, "shifted": True},
     overrides=(*WINDOWED, "pretrained_window_sizes"),
 )
 POOLFORMER = Family(

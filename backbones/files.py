@@ -135,6 +135,6 @@ def _refuse_another_body(source: Backbone, target: Backbone) -> None:
         raise CheckpointError(f"depth {theirs} in the pretrained backbone, {ours} here; set backbone.overrides.depth to {theirs}")
     given, wanted = arguments_of(source.config), arguments_of(target.config)
     for name in SAME:
-        theirs, ours = (list(value) if isinstance(value, tuple) else value for value in (given.get(name), wanted.get(name)))
-        if theirs != ours:
-            raise CheckpointError(f"{name} {theirs} in the pretrained backbone, {ours} here; set backbone.overrides.{name} to {theirs}")
+        there, here = (list(value) if isinstance(value, tuple) else value for value in (given.get(name), wanted.get(name)))
+        if there != here:
+            raise CheckpointError(f"{name} {there} in the pretrained backbone, {here} here; set backbone.overrides.{name} to {there}")

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
@@ -39,7 +40,7 @@ def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
 
 def neighbours(seen_hw: Tensor) -> Tensor:
     """The 3x3 places around each one of `seen_hw` (bool): what a convolution can have used."""
-    return nn.functional.max_pool2d(seen_hw.float()[None, None], 3, 1, 1)[0, 0].bool()
+    return F.max_pool2d(seen_hw.float()[None, None], 3, 1, 1)[0, 0].bool()
 
 
 def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
@@ -48,6 +49,19 @@ def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
         raise SettingError(f"depths {list(depths)}, drop_path_rate {last:g}: each depth must be 1 or more, drop_path_rate in [0, 1)")
     rates = iter([last * i / max(sum(depths) - 1, 1) for i in range(sum(depths))])
     return [[next(rates) for _ in range(depth)] for depth in depths]
+
+
+class KeylessBiasLinear(nn.Linear):
+    """Projection to queries, keys and values, (..., D) -> (..., 3 D): the keys' bias is 0 and not learned (BEiT, SwinV2)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., D) -> (..., 3 D)."""
+        return F.linear(input, self.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
 
 
 class PlacesLinear(nn.Linear):

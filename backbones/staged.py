@@ -5,6 +5,7 @@ Legend: B batch, C channels, H W pixels, P Q mask grid, h w feature grid, D widt
 
 from abc import abstractmethod
 from collections.abc import Container, Iterable, Sequence
+from typing import Any
 
 from einops import rearrange
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class Staged(Backbone):
     """
 
     stem: nn.Module
-    stages: nn.ModuleList
+    stages: Any  # an nn.ModuleList of Stage
     norm: nn.Module
     channels_last = True
 

@@ -51,13 +51,16 @@ class Swin(Staged):
         window_size: int | Sequence[int] = 7, mlp_ratio: float = 4.0, qkv_bias: bool = True, drop_path_rate: float = 0.0,
         shifted: bool = True,
     ) -> None:
+        def block(stage: int, width: int, windows: Windows, grid: Grid, window: Grid, rate: float) -> nn.Module:
+            return SwinBlock(width, windows, grid, window, rate, qkv_bias, mlp_ratio)
+
         self._build(image_size, in_channels, num_classes, patch_size, embed_dim, depths, num_heads, window_size, drop_path_rate, shifted,
-                    PatchMerging, lambda _, *shape: SwinBlock(*shape, qkv_bias, mlp_ratio))  # fmt: skip
+                    PatchMerging, block)  # fmt: skip
 
     def _build(
         self, image_size: int | Sequence[int], in_channels: int, num_classes: int, patch_size: int, embed_dim: int,
         depths: Sequence[int], num_heads: Sequence[int], window_size: int | Sequence[int], drop_path_rate: float, shifted: bool,
-        merging: Callable[[int], nn.Module], block: Callable[..., nn.Module],
+        merging: Callable[[int], nn.Module], block: Callable[[int, int, Windows, Grid, Grid, float], nn.Module],
     ) -> None:
         """What Swin and SwinV2 have in common: all but the step between stages and the block."""
         image, window = sides(image_size), sides(window_size, "window_size")
@@ -96,7 +99,8 @@ class Swin(Staged):
 
 def windows_of(grid: Grid, window: Grid, heads: int, shifted: bool) -> Windows:
     """The windows of a map, those of every other block moved by half a window; a side of one window is not shifted."""
-    shift = tuple(tile // 2 if shifted and tile < side else 0 for tile, side in zip(window, grid, strict=True))
+    rows, columns = (tile // 2 if shifted and tile < side else 0 for tile, side in zip(window, grid, strict=True))
+    shift = rows, columns
     region_T = tiles(regions(grid, window, shift), window) if any(shift) else None
     return Windows(window_order(grid, window, shift), window[0] * window[1], heads, region_T)
 

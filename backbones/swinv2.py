@@ -4,15 +4,15 @@ Legend: B batch, h w feature grid, D width, N tokens of a window, n heads, d wid
 """
 
 import math
+import re
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimetic.backbones.contract import Grid
-from mimetic.backbones.layers import drop_path, mlp
+from mimetic.backbones.layers import KeylessBiasLinear, drop_path, mlp
 from mimetic.backbones.swin import Swin, squares
 from mimetic.backbones.windows import Windows, attend, relative_position_index
 from mimetic.engine.errors import SettingError
@@ -38,11 +38,15 @@ class SwinV2(Swin):
             raise SettingError(f"pretrained_window_sizes {list(pretrained_window_sizes)} names {len(pretrained_window_sizes)} windows, "
                                f"depths {list(depths)} {len(depths)} stages; give one for each stage, 0 for the stage's own")  # fmt: skip
 
-        def block(stage: int, *shape: Any) -> nn.Module:
-            return SwinV2Block(*shape, qkv_bias, mlp_ratio, pretrained_window_sizes[stage])
+        def block(stage: int, width: int, windows: Windows, grid: Grid, window: Grid, rate: float) -> nn.Module:
+            return SwinV2Block(width, windows, grid, window, rate, qkv_bias, mlp_ratio, pretrained_window_sizes[stage])
 
         self._build(image_size, in_channels, num_classes, patch_size, embed_dim, depths, num_heads, window_size, drop_path_rate, shifted,
                     PatchMerging, block)  # fmt: skip
+
+    def timm_name(self, name: str) -> str:
+        """Name in timm's model."""
+        return re.sub(r"\.qkv\.([qv]_bias)$", r".\1", super().timm_name(name))
 
     def no_weight_decay_names(self) -> set[str]:
         """Also the net that makes the bias and the attention's temperature, as in the authors' code."""
@@ -83,17 +87,14 @@ class CosineWindowAttention(nn.Module):
         self.windows, self.grid = windows, grid
         self.logit_scale = nn.Parameter(torch.full((windows.heads, 1, 1), math.log(10)))
         self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, windows.heads, bias=False))
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width)) if qkv_bias else None
-        self.v_bias = nn.Parameter(torch.zeros(width)) if qkv_bias else None
+        self.qkv = KeylessBiasLinear(width) if qkv_bias else nn.Linear(width, 3 * width, bias=False)
         self.proj = nn.Linear(width, width)
         self.register_buffer("offset_L2", log_offsets(window, pretrained_window), persistent=False)
         self.register_buffer("index_NN", relative_position_index(window), persistent=False)
 
     def forward(self, x_BhwD: Tensor) -> Tensor:
         """(B, h, w, D) -> (B, h, w, D)."""
-        bias_E = None if self.q_bias is None else torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias])
-        qkv_3GnNd = self.windows.split(F.linear(x_BhwD, self.qkv.weight, bias_E))
+        qkv_3GnNd = self.windows.split(self.qkv(x_BhwD))
         scale_n11 = self.logit_scale.clamp(max=LARGEST_LOGIT_SCALE).exp()
         return self.proj(self.windows.merge(attend(qkv_3GnNd, self.windows.masked(self._bias()), scale_n11), self.grid))
 

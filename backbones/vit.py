@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mimetic.backbones.contract import TABLE, Backbone, Features, Grid, hide, repeat_mask, sides, zero_hidden
 from mimetic.backbones.interpolation import resize_positions, resize_table
-from mimetic.backbones.layers import drop_path, drop_path_rates, mlp
+from mimetic.backbones.layers import KeylessBiasLinear, drop_path, drop_path_rates, mlp
 from mimetic.backbones.windows import relative_position_index as patch_index
 from mimetic.engine.errors import CheckpointError, SettingError
 
@@ -296,19 +296,6 @@ class Attention(nn.Module):
 
     def _split(self, x_BND: Tensor) -> Tensor:
         return rearrange(self.qkv(x_BND), "B N (qkv n d) -> qkv B n N d", qkv=3, n=self.heads)
-
-
-class KeylessBiasLinear(nn.Linear):
-    """BEiT's projection to queries, keys and values: the keys' bias is 0 and not learned."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__(width, 3 * width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(width))
-        self.v_bias = nn.Parameter(torch.zeros(width))
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, N, D) -> (B, N, 3 D)."""
-        return F.linear(input, self.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
 
 
 class RelativePositionBias(nn.Module):

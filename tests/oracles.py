@@ -163,13 +163,13 @@ def _swin_renamed(name: str, value: Tensor, top: str, second: bool) -> dict[str,
         return {f"{top}.encoder.layers.{int(stage) - 1}.downsample.{'.'.join(rest)}": value}
     block, inside = f"{top}.encoder.layers.{stage}.blocks.{rest[0]}.", ".".join(rest[1:])
     inside = inside.replace("norm1", "layernorm_before").replace("norm2", "layernorm_after")
-    if "qkv" in inside:
+    if inside == "attn.qkv.weight" or (inside == "attn.qkv.bias" and not second):
         parts = ("self.query", "self.key", "self.value") if second else ("q_proj", "k_proj", "v_proj")
         end = inside.rpartition(".")[2]
         return {f"{block}attention.{p}.{end}": v for p, v in zip(parts, value.chunk(3), strict=True)}
     if second:
         renames = {
-            "attn.q_bias": "attention.self.query.bias", "attn.v_bias": "attention.self.value.bias",
+            "attn.qkv.q_bias": "attention.self.query.bias", "attn.qkv.v_bias": "attention.self.value.bias",
             "attn.cpb_mlp": "attention.self.continuous_position_bias_mlp", "attn.logit_scale": "attention.self.logit_scale",
             "attn.proj": "attention.output.dense", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
         }  # fmt: skip
