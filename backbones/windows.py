@@ -145,12 +145,13 @@ class Windows(nn.Module):
     def _over(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The orders for the rows of a whole batch, there and back; made once for each batch size, since all blocks need them."""
         if self._batch != (batch, device):
-            count, image_B = len(self.to_tokens_R), torch.arange(batch, device=device)
-            to_heads = (self.to_heads_3R[:, None] + image_B[None, :, None] * 3 * count).flatten()
-            part_S, row_S = self.from_heads_S // count, self.from_heads_S % count
-            from_heads = (part_S * count * batch + row_S + image_B[:, None] * count).flatten()
-            tokens = [(order_R + image_B[:, None] * count).flatten() for order_R in (self.to_tokens_R, self.from_tokens_R)]
-            self._batch, self._orders = (batch, device), tuple(order.int() for order in (to_heads, from_heads, *tokens))
+            with torch.inference_mode(False):  # what is made there could not be used in training
+                count, image_B = len(self.to_tokens_R), torch.arange(batch, device=device)
+                to_heads = (self.to_heads_3R[:, None] + image_B[None, :, None] * 3 * count).flatten()
+                part_S, row_S = self.from_heads_S // count, self.from_heads_S % count
+                from_heads = (part_S * count * batch + row_S + image_B[:, None] * count).flatten()
+                tokens = [(order_R + image_B[:, None] * count).flatten() for order_R in (self.to_tokens_R, self.from_tokens_R)]
+                self._batch, self._orders = (batch, device), tuple(order.int() for order in (to_heads, from_heads, *tokens))
         return self._orders
 
     def reach(self, seen_hw: Tensor) -> Tensor:
@@ -199,9 +200,14 @@ def attend(qkv_3GnNd: Tensor, bias_WnNN: Tensor | None = None, scale_n11: Tensor
     if qkv_3GnNd.device.type in ("cpu", "meta"):
         with torch.autocast("cpu", enabled=False):
             return SmallAttention.apply(qkv_3GnNd, bias_WnNN, scale_n11)
+    return fused_attend(qkv_3GnNd, bias_WnNN, scale_n11)
+
+
+def fused_attend(qkv_3GnNd: Tensor, bias_WnNN: Tensor | None, scale_n11: Tensor | None) -> Tensor:
+    """`attend` by PyTorch's fused attention."""
     q, k, v = qkv_3GnNd.unbind(0)
     if scale_n11 is not None:
-        q, k = F.normalize(q, dim=-1).to(dtype) * scale_n11, F.normalize(k, dim=-1).to(dtype)
+        q, k = F.normalize(q, dim=-1).to(q.dtype) * scale_n11, F.normalize(k, dim=-1).to(q.dtype)
     if bias_WnNN is not None and len(bias_WnNN) > 1:
         bias_WnNN = bias_WnNN.repeat(len(q) // len(bias_WnNN), 1, 1, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias_WnNN, scale=None if scale_n11 is None else 1.0)
@@ -223,7 +229,7 @@ class SmallAttention(torch.autograd.Function):
         score = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=ctx.alpha)
         if bias_WnNN is not None:
             score.view(-1, len(bias_WnNN), qkv_3GnNd.shape[2], *score.shape[1:]).add_(bias_WnNN)
-        share = score.softmax(-1)
+        share = torch.softmax(score, -1, out=score)  # each row is read before it is written
         ctx.save_for_backward(qkv_3GnNd, share, factor_2GnN1, scale_n11)
         ctx.bias_shape = None if bias_WnNN is None else bias_WnNN.shape
         return torch.bmm(share, v).view(qkv_3GnNd.shape[1:])
@@ -235,7 +241,8 @@ class SmallAttention(torch.autograd.Function):
         qkv_3GnNd, share, factor_2GnN1, scale_n11 = ctx.saved_tensors
         q, k, v = qkv_3GnNd.flatten(1, 2).unbind(0)
         gradient = gradient.flatten(0, 1)
-        of_score = torch._softmax_backward_data(torch.bmm(gradient, v.mT), share, -1, share.dtype)
+        of_share = torch.bmm(gradient, v.mT)
+        of_score = torch._softmax_backward_data(of_share, share, -1, share.dtype, grad_input=of_share)
         of_bias = of_scale = None
         if ctx.bias_shape is not None and ctx.needs_input_grad[1]:
             of_bias = of_score.view(-1, ctx.bias_shape[0], qkv_3GnNd.shape[2], *ctx.bias_shape[2:]).sum(0).sum_to_size(ctx.bias_shape)

@@ -20,7 +20,18 @@ from mimetic.backbones.catalog import create_backbone
 from mimetic.backbones.interpolation import resize_positions
 from mimetic.backbones.swin import WindowAttention, windows_of
 from mimetic.backbones.vit import sincos_positions
-from mimetic.backbones.windows import attend, grid_order, regions, relative_offsets, relative_position_index, tiles, window_order
+from mimetic.backbones.windows import (
+    attend,
+    fused_attend,
+    grid_order,
+    regions,
+    relative_offsets,
+    relative_position_index,
+    tiles,
+    window_order,
+)
+
+SMALL_SWIN = {"patch_size": 2, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 
 
 def test_relative_positions_in_a_window_of_three_by_three():
@@ -111,6 +122,29 @@ def test_attention_in_small_groups_is_pytorchs_with_all_gradients(bias):
         assert torch.autograd.gradcheck(attend, (qkv, added, torch.rand(3, 1, 1, dtype=torch.float64, requires_grad=True) + 0.5))
 
 
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("bias", [None, (1, 3), (4, 3), (4, 1)])
+def test_the_two_ways_to_attend_agree(bias, cosine):
+    """One for CPUs, one for accelerators."""
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 8, 3, 6, 5), None if bias is None else torch.randn(*bias, 6, 6), torch.rand(3, 1, 1) + 1 if cosine else None]
+    inputs = [x if x is None else x.double().requires_grad_() for x in inputs]
+    found, expected = attend(*inputs), fused_attend(*inputs)
+    assert torch.allclose(found, expected, atol=1e-12)
+    towards, wanted = torch.randn_like(found), [x for x in inputs if x is not None]
+    for ours, theirs in zip(*(torch.autograd.grad((y * towards).sum(), wanted) for y in (found, expected)), strict=True):
+        assert torch.allclose(ours, theirs, atol=1e-10)
+
+
+def test_a_net_that_was_looked_at_in_inference_mode_still_trains():
+    net = create_backbone("swin_tiny_patch4_window7_224", image_size=32, **SMALL_SWIN)
+    image = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        seen = net(image)
+    net(image).sum().backward()
+    assert torch.allclose(net(image), seen, atol=1e-6)
+
+
 def test_grid_attention_takes_every_other_place():
     """MaxViT's figure 3: on a 4x4 map a grid of 2x2 joins places two apart."""
     assert grid_order((4, 4), (2, 2)).view(4, 4).tolist() == [[0, 2, 8, 10], [1, 3, 9, 11], [4, 6, 12, 14], [5, 7, 13, 15]]
@@ -149,9 +183,6 @@ def test_positions_are_interpolated_in_two_dimensions():
     wave = sincos_positions((6, 6), 16)[None]
     finer = resize_positions(wave, (6, 6), (12, 12))[0].view(12, 12, 16)
     assert F.cosine_similarity(finer[::2, ::2], wave[0].view(6, 6, 16), dim=-1).min() > 0.5
-
-
-SMALL_SWIN = {"patch_size": 2, "embed_dim": 24, "depths": (2, 2), "num_heads": (2, 4), "window_size": 4}
 
 
 def test_swin_without_shifted_windows():
