@@ -90,11 +90,12 @@ class PatchStem(nn.Module):
 
     def forward(self, image_BCHW: Tensor, hidden_BPQ: Tensor | None = None) -> Tensor:
         """(B, C, H, W) and bool (B, P, Q), True = hidden -> (B, h, w, D)."""
-        if hidden_BPQ is None:
-            return self.norm(rearrange(self.proj(image_BCHW), "B D h w -> B h w D"))
-        hidden_Bhw = repeat_mask(hidden_BPQ, self.grid)
-        x_BhwD = self.norm(rearrange(self.proj(zero_hidden(image_BCHW, hidden_Bhw)), "B D h w -> B h w D"))
-        return hide(x_BhwD, hidden_Bhw[..., None], self.mask_token)
+        hidden_Bhw = None if hidden_BPQ is None else repeat_mask(hidden_BPQ, self.grid)
+        if hidden_Bhw is not None:
+            image_BCHW = zero_hidden(image_BCHW, hidden_Bhw)
+        # Contiguous: norms and linear layers read a token's numbers side by side, in every block to come.
+        x_BhwD = self.norm(rearrange(self.proj(image_BCHW), "B D h w -> B h w D").contiguous())
+        return x_BhwD if hidden_Bhw is None else hide(x_BhwD, hidden_Bhw[..., None], self.mask_token)
 
 
 @torch.no_grad()
