@@ -60,14 +60,14 @@ def parser() -> argparse.ArgumentParser:
 
     attention = commands.add_parser("attention", help="where a backbone looks, as a picture",
                                     epilog="example: mimetic attention runs/beit photo.jpg --out attention.png")  # fmt: skip
-    attention.add_argument("run", metavar="RUN", help="a finished run, an exported folder, or a name of the catalog (fresh weights)")
+    attention.add_argument("run", metavar="RUN", help="a finished run, or an exported folder")
     attention.add_argument("image", type=Path, metavar="IMAGE", help="a picture")
     attention.add_argument("--out", type=Path, default=Path("attention.png"), metavar="PNG", help="(default: %(default)s)")
     attention.add_argument("--fuse", choices=("mean", "max", "min"), default="mean", help="how heads are fused (default: %(default)s)")
     attention.add_argument("--discard", type=float, default=0.9, metavar="SHARE",
                            help="share of the lowest attention left out in the second rollout (default: %(default)s)")  # fmt: skip
     attention.add_argument("--cell", type=int, nargs=2, metavar=("ROW", "COLUMN"),
-                           help="the place whose view is shown, for nets without [CLS] (default: the middle)")  # fmt: skip
+                           help="the place whose view is shown (default: [CLS] or the mean of all patches; the middle of a windowed net)")  # fmt: skip
     return top
 
 

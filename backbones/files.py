@@ -21,7 +21,8 @@ from mimetic.engine.errors import CheckpointError, MimeticError
 WEIGHTS = "model.safetensors"
 MASK = "mask_token.safetensors"  # timm's models have none, and its strict loading would refuse it among the weights
 FILES = {"config.json", WEIGHTS, MASK}
-SAME = ("num_heads", "shifted", "token_mixers")  # arguments that change what weights mean, and no weight's shape
+# Arguments that change what weights mean and no weight's shape, or that are better named than the first weight that does not fit.
+SAME = ("depth", "depths", "num_blocks", "num_heads", "shifted", "token_mixers")
 
 
 def save_backbone(backbone: Backbone, folder: Path, *, mean: Sequence[float], std: Sequence[float],
@@ -122,17 +123,13 @@ def transfer(source: Backbone, target: Backbone) -> list[str]:
     target.load_state_dict(fitted(source, target, fresh), strict=False)
     said = []
     if source.image_size != target.image_size:
-        said.append("positions interpolated from {} to {} pixels".format(*("x".join(map(str, n.image_size)) for n in (source, target))))
+        said.append("weights for {} pixels fitted to {}".format(*("x".join(map(str, net.image_size)) for net in (source, target))))
     if source.in_channels != target.in_channels:
-        said.append(f"the stem adapted from {source.in_channels} to {target.in_channels} channels")
+        said.append(f"the stem for {source.in_channels} channels fitted to {target.in_channels}")
     return said
 
 
 def _refuse_another_body(source: Backbone, target: Backbone) -> None:
-    """Differences that have a setting of their own, or that no shape would tell."""
-    if source.num_depths != target.num_depths:
-        theirs, ours = source.num_depths - 2, target.num_depths - 2  # stem and head are depths of their own
-        raise CheckpointError(f"depth {theirs} in the pretrained backbone, {ours} here; set backbone.overrides.depth to {theirs}")
     given, wanted = arguments_of(source.config), arguments_of(target.config)
     for name in SAME:
         there, here = (list(value) if isinstance(value, tuple) else value for value in (given.get(name), wanted.get(name)))

@@ -137,6 +137,7 @@ def mask_generator(grid: tuple[int, int], count: int, *, kind: str = "block", mi
         SettingError: K, block or unit do not fit the grid.
     """
     area = unit * unit
+    _check_count(grid, count)
     if grid[0] % unit or grid[1] % unit:
         raise SettingError(f"mask.unit is {unit} cells, which does not divide the {grid[0]}x{grid[1]} grid; give a divisor of its sides")
     if count % area:

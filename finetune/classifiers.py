@@ -49,7 +49,8 @@ def build_classifier(recipe: ClassifyRecipe, index: Index) -> tuple[Any, Normali
             if os.environ.get("RANK", "0") == "0":
                 print(f"{recipe.init.path}: {fitted}", flush=True)
         saved_mean, saved_std = normalization(recipe.init.path)
-        mean, std = views.mean or saved_mean, views.std or saved_std
+        if len(saved_mean) == index.channels:
+            mean, std = views.mean or saved_mean, views.std or saved_std
     model.mask_token.requires_grad_(False)  # sees no hidden cell here; DDP would wait for its gradient
     return model, Normalize(tuple(mean), tuple(std)).for_channels(index.channels)
 

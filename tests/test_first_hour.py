@@ -108,6 +108,18 @@ def teacher(world, tmp_path_factory) -> Path:
     return run_here("classify", classify_arguments(world, tmp_path_factory.mktemp("runs") / "teacher", train__steps=2))
 
 
+def test_fine_tuning_at_another_size_or_on_other_channels_fits_the_weights_and_says_so(entry, pretrained, world, lands, tmp_path):
+    arguments = {"init__path": pretrained, "train__steps": 2}
+    code, out, err = entry("classify", *classify_arguments(world, tmp_path / "larger", backbone__image_size=24, **arguments))
+    assert (code, err) == (0, "")
+    assert f"{pretrained}: weights for 16x16 pixels fitted to 24x24\n" in out
+    colour = {"data__index": lands / "colour", "evaluation__index": lands / "colour", "labels__per_class": 4, "data__batch_size": 4,
+              "evaluation__labels__per_class": 4, "evaluation__labels__skip": 4}  # fmt: skip
+    code, out, err = entry("classify", *classify_arguments(world, tmp_path / "colour", **arguments, **colour))
+    assert (code, err) == (0, "")
+    assert f"{pretrained}: the stem for 1 channels fitted to 3\n" in out
+
+
 @pytest.fixture(scope="module")
 def pretrained(world, tmp_path_factory) -> Path:
     return run_here("beit", beit_arguments(world, tmp_path_factory.mktemp("runs") / "pretrained", train__steps=4))
@@ -121,6 +133,7 @@ REFUSED = {  # name: (script, changed settings, what the line must say); {world}
     "held-out data of other channels": ("beit", {"evaluate_on": "{lands}/colour"}, r"colour has 3 channels, .*data 1"),
     "more hidden than cells": ("beit", {"mask__count": 17}, r"mask\.count is 17, but the 4x4 grid has 16 cells; hide 1 to 16"),
     "block larger than the mask": ("beit", {"mask__min_block": 9}, r"mask\.min_block is 9, but mask\.count is 8"),
+    "hidden cells no multiple of the unit": ("beit", {"mask__count": 6, "mask__unit": 2}, r"mask\.count is 6, .* use 4 or 8"),
     "image no multiple of the patch": ("beit", {"backbone__image_size": 18}, r"image_size 18x18 is no multiple of patch_size 4x4"),
     "token grid unlike the patches": ("beit", {"views__target_size": 24}, r"token grid is 6x6; .* grid 4x4 .* set .* 16"),
     "target no multiple of the stride": ("beit", {"views__target_size": 18}, r"views\.target_size 18 .* 4.* 16"),

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from mimetic.data.masks import BlockMasks
+from mimetic.data.masks import BlockMasks, RandomMasks, mask_generator
 from mimetic.data.randomness import mix, uniform
 from mimetic.engine.errors import SettingError
 
@@ -158,3 +158,35 @@ def test_the_hash_is_splitmix64():
     state, golden = 1234567, 0x9E3779B97F4A7C15
     first = [int(mix((state + i * golden) % 2**64)) for i in range(3)]
     assert first == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+
+# Units of several cells
+
+
+@pytest.mark.parametrize(("kind", "unit", "count"), [("random", 2, 116), ("block", 2, 76), ("random", 7, 49), ("random", 1, 29)])
+def test_units_are_hidden_whole(kind, unit, count):
+    masks = mask_generator((14, 14), count, kind=kind, unit=unit)
+    hidden_BPQ = masks.sample(SEEDS[:200])
+    assert masks.count == count
+    assert (hidden_BPQ.sum((1, 2)) == count).all()
+    units = hidden_BPQ.view(200, 14 // unit, unit, 14 // unit, unit)
+    assert torch.equal(units.float().mean((2, 4)), units.any(4).any(2).float()), "all cells of a unit or none"
+    assert torch.equal(hidden_BPQ[50:60], masks.sample(SEEDS[50:60])), "a mask is its seed's own"
+
+
+def test_units_of_one_cell_are_the_plain_masks():
+    assert torch.equal(mask_generator((7, 7), 20, kind="random").sample(SEEDS[:9]), RandomMasks((7, 7), 20).sample(SEEDS[:9]))
+    assert torch.equal(mask_generator((7, 7), 20, min_block=4).sample(SEEDS[:9]), BlockMasks((7, 7), 20, 4).sample(SEEDS[:9]))
+
+
+@pytest.mark.parametrize(
+    ("count", "unit", "words"),
+    [
+        (117, 2, r"mask\.count is 117, no multiple of the 4 cells of a unit \(mask\.unit 2\); use 116 or 120"),
+        (120, 4, r"mask\.unit is 4 cells, which does not divide the 14x14 grid"),
+        (200, 2, r"mask\.count is 200, but the 14x14 grid has 196 cells"),
+    ],
+)
+def test_units_that_do_not_fit_are_refused(count, unit, words):
+    with pytest.raises(SettingError, match=words):
+        mask_generator((14, 14), count, unit=unit)

@@ -156,8 +156,8 @@ def test_fine_tuning_takes_over_another_size_and_says_so(case):
         assert torch.equal(same.eval().forward_features(images(source)).map_BDhw, source.forward_features(images(source)).map_BDhw)
     if case != "mixer":
         other = create_backbone(name, 5, 2 * size, 1, **overrides)
-        assert transfer(source, other) == [f"positions interpolated from {size}x{size} to {2 * size}x{2 * size} pixels",
-                                           "the stem adapted from 3 to 1 channels"]  # fmt: skip
+        assert transfer(source, other) == [f"weights for {size}x{size} pixels fitted to {2 * size}x{2 * size}",
+                                           "the stem for 3 channels fitted to 1"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["poolformer_s12", "maxvit_tiny_tf_224", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256",
@@ -180,5 +180,7 @@ def test_weights_that_mean_something_else_are_refused():
     name, size, overrides = SMALL["swin"]
     with pytest.raises(CheckpointError, match=r"num_heads \[2, 4\] in the pretrained backbone, \[3, 4\] here; set .*num_heads to \[2, 4\]"):
         transfer(source, create_backbone(name, 5, size, **overrides | {"num_heads": [3, 4]}))
+    with pytest.raises(CheckpointError, match=r"depths \[2, 2\] in the pretrained backbone, \[1, 2\] here; set .*depths to \[2, 2\]"):
+        transfer(source, create_backbone(name, 5, size, **overrides | {"depths": (1, 2)}))
     with pytest.raises(CheckpointError, match=r"shifted True in the pretrained backbone, False here"):
         transfer(source, create_backbone(name, 5, size, **overrides | {"shifted": False}))
