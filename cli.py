@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     attention.add_argument("--discard", type=float, default=0.9, metavar="SHARE",
                            help="share of the lowest attention left out in the second rollout (default: %(default)s)")  # fmt: skip
     attention.add_argument("--cell", type=int, nargs=2, metavar=("ROW", "COLUMN"),
-                           help="the place whose view is shown (default: [CLS] or the mean of all patches; the middle of a windowed net)")  # fmt: skip
+                           help="whose view is shown (default: [CLS], or the mean of all patches, or the middle of the map)")  # fmt: skip
     return top
 
 
