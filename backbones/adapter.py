@@ -108,8 +108,9 @@ class TimmBackbone(Backbone):
         if layers:
             found = self.net.forward_intermediates(image_BCHW, indices=sorted(set(layers)), intermediates_only=True)
             maps = [found[sorted(set(layers)).index(layer)] for layer in layers]
-        cls, dist = (prefix_BND[:, i] if prefix_BND is not None and prefix_BND.shape[1] > i else None for i in range(2))
-        return Features(map_BDhw, cls, dist if getattr(self.net, "dist_token", None) is not None else None, tuple(maps))
+        has_cls, has_dist = (getattr(self.net, name, None) is not None for name in ("cls_token", "dist_token"))
+        cls, dist = (prefix_BND[:, i] if prefix_BND is not None and has else None for i, has in enumerate((has_cls, has_dist)))
+        return Features(map_BDhw, cls, dist, tuple(maps))
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits, or pooled features without classes, as timm's net gives them."""

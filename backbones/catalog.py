@@ -304,7 +304,7 @@ def create_backbone(
         size = entry.image_size if image_size is None else image_size
         try:
             backbone = build(size, in_channels, num_classes, **(entry.family.common | entry.arguments | overrides))
-        except (TypeError, ValueError, RuntimeError) as error:  # of a wrong kind, such as depth="four"
+        except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:  # of a wrong kind, such as depth="four"
             if not overrides:
                 raise
             raise SettingError(f"{name} cannot be built with {overrides}: {' '.join(str(error).split())}") from None

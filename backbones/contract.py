@@ -23,7 +23,8 @@ TABLE = "relative_position_bias_table"  # likewise, of every bias that is learne
 class Features(NamedTuple):
     """What a backbone sees in an image.
 
-    `map_BDhw` comes after the final norm; `cls_BD` and `dist_BD` are the class and distillation tokens after the same norm,
+    `map_BDhw` comes after the final norm (an adapted net's is what timm's `forward_features`
+    gives); `cls_BD` and `dist_BD` are the class and distillation tokens after the same norm,
     None where the backbone has none; `layers` are the raw maps of the layers that were asked for, in the order asked.
     """
 
@@ -106,6 +107,10 @@ class Backbone(nn.Module, ABC):
     def head_names(self) -> set[str]:
         """Names of the parameters that serve `forward` alone: pretraining freezes them, fine-tuning starts them afresh."""
         return {name for name, _ in self.named_parameters() if name.startswith("head")}
+
+    def learned_arguments(self) -> dict[str, Any]:
+        """Arguments that the weights depend on and that follow from the image size: they go along when it changes."""
+        return {}
 
     def timm_name(self, name: str) -> str:
         """Name in timm's model of what `state_dict` calls `name`."""

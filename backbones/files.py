@@ -130,6 +130,9 @@ def transfer(source: Backbone, target: Backbone) -> list[str]:
 
 
 def _refuse_another_body(source: Backbone, target: Backbone) -> None:
+    theirs, ours = (net.config.get("name", type(net).__name__) for net in (source, target))
+    if type(source) is not type(target) or (theirs != ours and ours.startswith(ADAPTED)):
+        raise CheckpointError(f"{theirs} was pretrained, here is {ours}; set backbone.name to {theirs}")
     given, wanted = arguments_of(source.config), arguments_of(target.config)
     for name in SAME:
         there, here = (list(value) if isinstance(value, tuple) else value for value in (given.get(name), wanted.get(name)))

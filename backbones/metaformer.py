@@ -79,7 +79,7 @@ class MetaFormer(Staged):
 
     def timm_arguments(self) -> dict[str, Any]:
         """Keywords for `timm.create_model`, whose MetaFormers take images of any size."""
-        return {name: value for name, value in super().timm_arguments().items() if name != "img_size"}
+        return {name: value for name, value in super().timm_arguments().items() if name not in ("img_size", "layer_scale_init_values")}
 
 
 class ConvStem(nn.Module):

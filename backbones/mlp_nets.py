@@ -9,6 +9,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +62,10 @@ class MlpNet(Staged):
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits, or pooled features without classes."""
         return self.head(self.norm(self.encode(image_BCHW)).mean((1, 2)))
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """Keywords for `timm.create_model`; initial values are no matter of a net that has weights."""
+        return {name: value for name, value in super().timm_arguments().items() if name != "init_values"}
 
     def timm_name(self, name: str) -> str:
         """Name in timm's model."""

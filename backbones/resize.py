@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mimetic.backbones.catalog import create_backbone
-from mimetic.backbones.contract import Backbone
+from mimetic.backbones.contract import MASK_TOKEN, Backbone
 from mimetic.backbones.interpolation import adapt_channels
 from mimetic.engine.errors import CheckpointError
 
@@ -27,7 +27,7 @@ def resized(backbone: Backbone, image_size: int | Sequence[int] | None = None, i
         CheckpointError: a weight that cannot be fitted, such as a linear layer over the places.
     """
     config = dict(backbone.config)
-    overrides = config.pop("overrides") | overrides
+    overrides = config.pop("overrides") | backbone.learned_arguments() | overrides
     config["image_size"] = config["image_size"] if image_size is None else image_size
     config["in_channels"] = config["in_channels"] if in_channels is None else in_channels
     target = create_backbone(**config, **overrides).to(backbone.mask_token.dtype)
@@ -54,7 +54,8 @@ def fitted(source: Backbone, target: Backbone, fresh: Collection[str] = ()) -> d
         if hasattr(part, "resized_from") and other is not None:
             given |= {f"{name}.{key}": value for key, value in part.resized_from(other).items()}
     if source.in_channels != target.in_channels:
-        stem = next(name for name, value in given.items() if value.dim() == 4 and value.shape[1] == source.in_channels)
+        stem = next(name for name, value in given.items()
+                    if value.dim() == 4 and value.shape[1] == source.in_channels and not name.endswith(MASK_TOKEN))  # fmt: skip
         given[stem] = adapt_channels(given[stem], target.in_channels)
     shared = {name for name in given if name.startswith("rel_pos_bias.") and name not in wanted and any(
         other.endswith(f".attn.{name}") for other in wanted)}  # fmt: skip
@@ -63,6 +64,8 @@ def fitted(source: Backbone, target: Backbone, fresh: Collection[str] = ()) -> d
             continue
         have, want = (tuple(state[name].shape) if name in state else None for state in (given, wanted))
         if have != want:
-            raise CheckpointError(f"{name}: {have or 'nothing'} in the pretrained backbone, {want or 'nothing'} here; give "
-                                  "backbone.overrides the values it was pretrained with")  # fmt: skip
+            cure = "give backbone.overrides the values it was pretrained with"
+            if source.image_size != target.image_size:
+                cure += f", or set backbone.image_size to its {'x'.join(map(str, source.image_size))}"
+            raise CheckpointError(f"{name}: {have or 'nothing'} in the pretrained backbone, {want or 'nothing'} here; {cure}")
     return {name: given[name] for name in wanted if name not in fresh}

@@ -6,6 +6,7 @@ Legend: B batch, h w feature grid, D width, N tokens of a window, n heads, d wid
 import math
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,15 @@ class SwinV2(Swin):
 
         self._build(image_size, in_channels, num_classes, patch_size, embed_dim, depths, num_heads, window_size, drop_path_rate, shifted,
                     PatchMerging, block)  # fmt: skip
+        for part in self.modules():  # each branch starts at nothing, as in the authors' code
+            if isinstance(part, SwinV2Block):
+                for norm in (part.norm1, part.norm2):
+                    nn.init.zeros_(norm.weight)
+
+    def learned_arguments(self) -> dict[str, Any]:
+        """The window that each stage's offsets are measured in, so that the bias says the same of them in another window."""
+        windows = [stage.blocks[0].attn.measured_in for stage in self.stages]
+        return {"pretrained_window_sizes": [rows for rows, _ in windows]} if all(rows == columns for rows, columns in windows) else {}
 
     def timm_name(self, name: str) -> str:
         """Name in timm's model."""
@@ -85,6 +95,7 @@ class CosineWindowAttention(nn.Module):
     def __init__(self, width: int, windows: Windows, grid: Grid, window: Grid, qkv_bias: bool, pretrained_window: int) -> None:
         super().__init__()
         self.windows, self.grid = windows, grid
+        self.measured_in = (pretrained_window, pretrained_window) if pretrained_window else window
         self.logit_scale = nn.Parameter(torch.full((windows.heads, 1, 1), math.log(10)))
         self.cpb_mlp = nn.Sequential(nn.Linear(2, 512), nn.ReLU(), nn.Linear(512, windows.heads, bias=False))
         self.qkv = KeylessBiasLinear(width) if qkv_bias else nn.Linear(width, 3 * width, bias=False)

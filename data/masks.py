@@ -143,10 +143,12 @@ def mask_generator(grid: tuple[int, int], count: int, *, kind: str = "block", mi
     if count % area:
         near = " or ".join(str(k) for k in (count // area * area, (count // area + 1) * area) if 0 < k <= grid[0] * grid[1])
         raise SettingError(f"mask.count is {count}, no multiple of the {area} cells of a unit (mask.unit {unit}); use {near}")
+    if kind == "block" and min_block > count:
+        raise SettingError(f"mask.min_block is {min_block}, but mask.count is {count}; a block has 1 to {count} cells")
     units = grid[0] // unit, grid[1] // unit
     coarse: MaskGenerator = RandomMasks(units, count // area)
     if kind == "block":
-        coarse = BlockMasks(units, count // area, max(min_block // area, 1), aspect)
+        coarse = BlockMasks(units, count // area, -(-min_block // area), aspect)
     return coarse if unit == 1 else UnitMasks(coarse, unit)
 
 

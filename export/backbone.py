@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mimetic.backbones.catalog import ADAPTED
 from mimetic.backbones.contract import Backbone
 from mimetic.backbones.files import FILES, backbone_folder, copy_backbone, load_backbone
 from mimetic.engine.errors import CheckpointError, SettingError
@@ -83,7 +84,7 @@ def _timm_tokens(out: Path, trained: Backbone, image_BCHW: Tensor) -> Tensor:
 
     try:
         model: Any = timm.create_model(f"local-dir:{out}", pretrained=True).eval()
-    except TypeError as error:  # an entry of timm's that sets this argument itself, or a net that timm does not have
+    except (TypeError, RuntimeError) as error:  # an entry of timm's that sets this argument itself, or a net that timm does not have
         changed = ", ".join(trained.config["overrides"])
         raise CheckpointError(f"timm cannot build {trained.config['name']} with other {changed} ({error}); --to safetensors can") from None
     with torch.no_grad():
@@ -91,6 +92,8 @@ def _timm_tokens(out: Path, trained: Backbone, image_BCHW: Tensor) -> Tensor:
         if x.dim() == 4:  # channels last or first
             x = x.flatten(1, 2) if x.shape[-1] == trained.embed_dim else x.flatten(2).mT
         x = x[:, x.shape[1] - expected.shape[1] :]
+        if trained.config["name"].startswith(ADAPTED):
+            return x  # its map is timm's own, normed or not
         # Where timm norms after the mean, it keeps the norm in the head; our map is always normed.
         norm = model.head.norm if hasattr(getattr(model, "head", None), "norm") else getattr(model, "fc_norm", torch.nn.Identity())
         return norm(x.mT[..., None])[..., 0].mT if type(norm).__name__ == "LayerNorm2d" else norm(x)

@@ -14,6 +14,7 @@ from test_conformance import images, mask, over_pixels
 from mimetic.backbones.catalog import create_backbone
 from mimetic.backbones.files import load_backbone, save_backbone, transfer
 from mimetic.engine.errors import SettingError
+from mimetic.export.backbone import _checked
 
 # Tokens with and without [CLS], maps with channels first and last, nets for one size and for all.
 LIGHT = ["test_vit", "test_convnext", "test_resnet", "test_efficientnet", "test_byobnet", "test_mambaout"]
@@ -93,6 +94,11 @@ def test_the_folder_opens_in_timm(tmp_path):
     theirs = timm.create_model(f"local-dir:{tmp_path / 'net'}", pretrained=True).eval()
     with torch.no_grad():
         assert torch.equal(theirs(images(ours)), ours(images(ours)))
+
+
+def test_its_export_to_timm_is_checked(tmp_path):
+    save_backbone(adapted("test_convnext"), tmp_path / "net", mean=[0.5] * 3, std=[0.5] * 3)
+    assert "local-dir:" in _checked(load_backbone(tmp_path / "net"), tmp_path / "net", tmp_path / "exported", "timm")
 
 
 def test_another_size_and_other_channels():
