@@ -138,6 +138,8 @@ class BackboneSettings:
 
     def __post_init__(self) -> None:
         ranges.require(self, "backbone", image_size=ranges.COUNT)
+        if self.grad_checkpointing and (self.name.startswith("timm:") or self.name == "residual_cnn"):
+            raise SettingError(f"backbone.grad_checkpointing is true, but {self.name} has no blocks of ours to recompute; set it to false")
 
 
 @dataclass(frozen=True)

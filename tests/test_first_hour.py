@@ -134,6 +134,8 @@ REFUSED = {  # name: (script, changed settings, what the line must say); {world}
     "more hidden than cells": ("beit", {"mask__count": 17}, r"mask\.count is 17, but the 4x4 grid has 16 cells; hide 1 to 16"),
     "block larger than the mask": ("beit", {"mask__min_block": 9}, r"mask\.min_block is 9, but mask\.count is 8"),
     "hidden cells no multiple of the unit": ("beit", {"mask__count": 6, "mask__unit": 2}, r"mask\.count is 6, .* use 4 or 8"),
+    "checkpointing a net of timm's": ("beit", {"backbone__name": "timm:test_vit", "backbone__grad_checkpointing": "true"},
+                                      r"grad_checkpointing is true, but timm:test_vit has no blocks"),
     "image no multiple of the patch": ("beit", {"backbone__image_size": 18}, r"image_size 18x18 is no multiple of patch_size 4x4"),
     "token grid unlike the patches": ("beit", {"views__target_size": 24}, r"token grid is 6x6; .* grid 4x4 .* set .* 16"),
     "target no multiple of the stride": ("beit", {"views__target_size": 18}, r"views\.target_size 18 .* 4.* 16"),
