@@ -6,7 +6,6 @@ so that neighbours in a shard are not of one class, and equal input gives equal 
 """
 
 import hashlib
-import json
 import os
 import shutil
 import tarfile
@@ -23,13 +22,13 @@ import numpy as np
 import webdataset
 
 from mimetic.data.decode import channels_of, decode, silence_pillow
-from mimetic.data.index import ROW, UNLABELLED, VERSION
+from mimetic.data.index import ROW, UNLABELLED, Part, write_index
 from mimetic.data.randomness import mix
 from mimetic.data.sources import Item, find_items, left_out
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError, SettingError, disk_is_full
 
-OURS = ("index.json", "samples.npy", "rejected.tsv", "shard-*.tar")
+OURS = ("index.json", "samples.npy", "keys.txt", "rejected.tsv", "shard-*.tar")
 LOOK = 256  # images that are asked whether they are pictures or arrays of more channels
 
 
@@ -148,20 +147,17 @@ def _write(folder: Path, items: list[Item], classes: list[str], samples_per_shar
             rows.append((writer.shard - 1, _offset(item, len(content), end), len(content), item.label, item.key.encode()))
     if not rows:
         raise DataError(f"none of {len(items)} images can be read, the first: {rejected[0][0]} ({rejected[0][1]})")
-    longest = max(len(row[4]) for row in rows)
-    kinds = ("<i4", "<i8", "<i8", "<i4", f"S{longest}")
-    table = np.array(rows, dtype=list(zip(ROW, kinds, strict=True)))
-    np.save(folder / "samples.npy", table)
-    shards = [
-        {"name": tar.name, "samples": int(samples), "bytes": tar.stat().st_size, "sha256": _sha256(tar)}
-        for tar, samples in zip(sorted(folder.glob("shard-*.tar")), np.bincount(table["shard"]), strict=True)
-    ]
     if rejected:
         write_atomically(folder / "rejected.tsv", "".join(f"{path}\t{reason}\n" for path, reason in rejected))
-    summary = {"version": VERSION, "samples": len(rows), "rejected": len(rejected), "classes": classes,
-               "image": statistics.summary(), "shards": shards}  # fmt: skip
-    write_atomically(folder / "index.json", json.dumps(summary, indent=1) + "\n")
-    return summary
+    parts = [_part(tar, [row[1:] for row in rows if row[0] == number]) for number, tar in enumerate(sorted(folder.glob("shard-*.tar")))]
+    return write_index(folder, parts, len(rows), classes=classes, image=statistics.summary(), rejected=len(rejected))
+
+
+def _part(tar: Path, members: list[tuple[int, int, int, bytes]]) -> Part:
+    keys = [member[3] + b"\n" for member in members]
+    begins = np.cumsum([0, *map(len, keys)])[:-1]
+    rows = np.array([(*member[:3], begin) for member, begin in zip(members, begins.tolist(), strict=True)], ROW)
+    return Part(tar.name, tar.stat().st_size, _sha256(tar), rows, b"".join(keys))
 
 
 def _offset(item: Item, size: int, end: int) -> int:

@@ -86,7 +86,7 @@ class ShardStream:
         if not self.steps:
             raise SettingError(
                 f"data.batch_size {batch_size} x {world} processes = {self.global_batch} is more than the {self.samples} samples "
-                f"of {index.folder}; lower data.batch_size to {max(1, self.samples // world)}"
+                f"of {index.home}; lower data.batch_size to {max(1, self.samples // world)}"
             )
         order = _Orders(index, seed, subset) if shuffle else None
         rows = slice(rank * batch_size, (rank + 1) * batch_size)
@@ -181,7 +181,7 @@ class _Batches(Dataset[Batch | DataError]):
         images, bad = self._images(samples, valid)
         tensors = self.transform(images, mix(self.seed, epoch, samples)) if self.transform else {"image": _stacked(images)}
         rows = self.index.rows[samples]
-        return {"keys": [key.decode() for key in rows["key"]], "bad": bad, "sample": torch.from_numpy(samples),
+        return {"keys": self.index.keys(samples), "bad": bad, "sample": torch.from_numpy(samples),
                 "valid": torch.from_numpy(valid), "label": torch.from_numpy(rows["label"].astype(np.int64))} | tensors  # fmt: skip
 
     def _images(self, samples: NDArray[np.int64], valid: NDArray[np.bool_]) -> tuple[list[torch.Tensor], list[str]]:
@@ -192,7 +192,7 @@ class _Batches(Dataset[Batch | DataError]):
             except ValueError:  # the sample keeps its place in the order and counts for nothing
                 images.append(torch.zeros(self.index.channels, 8, 8, dtype=torch.uint8))
                 if valid[place]:
-                    bad.append(self.index.rows["key"][sample].decode())
+                    bad.extend(self.index.keys(np.array([sample])))
                 valid[place] = False
         return images, bad
 
@@ -232,7 +232,7 @@ def pixels(index: Index, subset: NDArray[np.int64] | None = None) -> tuple[NDArr
     for batch in ShardStream(index, 256, shuffle=False, subset=subset):
         image, valid_B = batch["image"], batch["valid"]
         if not isinstance(image, torch.Tensor) or (rows and image[0].numel() != len(rows[0][0])):
-            raise SettingError(f"{index.folder}: images differ in size; resize them to compare pixels")
+            raise SettingError(f"{index.home}: images differ in size; resize them to compare pixels")
         rows.append((image[valid_B].flatten(1).float() / 255).numpy())
         labels.append(batch["label"][valid_B].numpy())
     return np.concatenate(rows), np.concatenate(labels)

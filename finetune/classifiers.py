@@ -28,9 +28,9 @@ def build_classifier(recipe: ClassifyRecipe, index: Index) -> tuple[Any, Normali
     """
     settings, views = recipe.backbone, recipe.views
     if not index.classes:
-        raise SettingError(f"{index.folder} has no labels; pack a tree with a sub-folder for each class")
+        raise SettingError(f"{index.home} has no labels; pack a tree with a sub-folder for each class")
     if len(index.classes) == 1:
-        raise SettingError(f"{index.folder} has one class, {index.classes[0]}; a classifier tells two or more apart")
+        raise SettingError(f"{index.home} has one class, {index.classes[0]}; a classifier tells two or more apart")
     mean, std = views.mean or list(index.mean), views.std or list(index.std)
     if settings.name == NAME:
         if recipe.init.path:

@@ -32,11 +32,9 @@ def _share_images(training: Index, drawn: NDArray[np.int64], held_out: Index, he
 
     Keys alone tell nothing, since idx files have none but numbers.
     """
-    width = max(training.rows["key"].itemsize, held_out.rows["key"].itemsize)
-    ours, theirs = (
-        np.rec.fromarrays([index.rows["key"][samples].astype(f"S{width}"), index.rows["size"][samples]])
-        for index, samples in ((training, drawn), (held_out, held_out_drawn))
-    )
+    tables = [(index, samples, index.key_table(samples)) for index, samples in ((training, drawn), (held_out, held_out_drawn))]
+    width = max(keys.itemsize for _, _, keys in tables)
+    ours, theirs = (np.rec.fromarrays([keys.astype(f"S{width}"), index.rows["size"][samples]]) for index, samples, keys in tables)
     _, here, there = np.intersect1d(ours, theirs, return_indices=True)
     looked_at = range(0, len(here), max(1, len(here) // LOOK))
     same = sum(training.read(drawn[here[i]]) == held_out.read(held_out_drawn[there[i]]) for i in looked_at)

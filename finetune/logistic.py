@@ -56,12 +56,12 @@ def fit(invocation: Invocation[LogisticRecipe]) -> None:
     recipe, started = invocation.recipe, time.perf_counter()
     training = open_index(recipe.data.index)
     if not training.classes:
-        raise SettingError(f"{training.folder} has no labels; pack a tree with a sub-folder for each class")
+        raise SettingError(f"{training.home} has no labels; pack a tree with a sub-folder for each class")
     held_out = open_held_out(recipe.evaluation.index, training, labelled=True)
     drawn = draw_apart(training, recipe.labels, held_out, recipe.evaluation.labels)
     (train_ND, train_N), (test_ND, test_N) = (pixels(index, subset) for index, subset in zip((training, held_out), drawn, strict=True))
     if train_ND.shape[1] != test_ND.shape[1]:
-        raise SettingError(f"images of {held_out.folder} have {test_ND.shape[1]} pixels, those of {training.folder} {train_ND.shape[1]}; "
+        raise SettingError(f"images of {held_out.home} have {test_ND.shape[1]} pixels, those of {training.home} {train_ND.shape[1]}; "
                            "resize them to compare pixels")  # fmt: skip
     run = Run(invocation, "reference")
     run.open(0)
