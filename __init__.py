@@ -52,7 +52,10 @@ def open_tokenizer(path_or_name: "str | Path") -> "DVAE":
 
 def open_shards(index: "str | Path", batch_size: int, *, rank: int = 0, world: int = 1, workers: int = 0, seed: int = 0,
                 epoch: int = 0, shuffle: bool = True, tail: str = "pad") -> "ShardStream":  # fmt: skip
-    """Batches of decoded images (dicts with `image`, `label`, `keys`, `valid`); see `mimetic.data.stream.ShardStream`."""
+    """Batches of decoded images (dicts with `image`, `label`, `keys`, `valid`); see `mimetic.data.stream.ShardStream`.
+
+    `index` is an `index.json`, the folder that holds it, or the address of either (http, https, s3, gs, hf).
+    """
     from mimetic.data.index import open_index
     from mimetic.data.stream import ShardStream
 

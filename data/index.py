@@ -10,6 +10,7 @@ docs/DATA.md describes the format.
 import hashlib
 import json
 import os
+import tempfile
 from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,14 +20,17 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from mimetic.data.randomness import mix
+from mimetic.data.cache import ShardCache, cache_folder
+from mimetic.data.fetch import fetch, is_address
+from mimetic.data.order import Chosen, InOrder, Order, Shuffled
 from mimetic.engine.config import write_atomically
-from mimetic.engine.errors import DataError, SettingError
+from mimetic.engine.errors import DataError
 
 VERSION = 2
 ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("key", "<u8")])
 OPEN_SHARDS = 128  # file descriptors are few: often 1024 for a process, 256 on macOS
 UNLABELLED = -1
+REPAIR = "pack it again with `mimetic pack`, or index the tars again with `mimetic index`"
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,7 @@ class Index:
         key_bytes: keys of all samples, each with a line feed after it.
         starts: (shards + 1,) number of the first sample of each shard, and N.
         fingerprint: names this very content; kept in checkpoints.
+        cache: of shards that lie elsewhere.
     """
 
     home: str
@@ -56,9 +61,15 @@ class Index:
     key_bytes: NDArray[np.uint8]
     starts: NDArray[np.int64]
     fingerprint: str
+    cache: ShardCache
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    @property
+    def indexes(self) -> "tuple[Index, ...]":
+        """Itself: a mixture has several."""
+        return (self,)
 
     def shard_of(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
         """The shard that holds each sample."""
@@ -77,9 +88,34 @@ class Index:
         """The keys of samples, as text."""
         return [key.decode("utf-8", "replace") for key in self.key_table(samples)]
 
+    def labels(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Label numbers; -1 where there is none."""
+        return self.rows["label"][samples].astype(np.int64)
+
+    def order(self, seed: int, *, shuffle: bool, streams: int, block: int, members: NDArray[np.int64] | None = None) -> Order:
+        """The order of all samples, or of `members`."""
+        if not shuffle:
+            return InOrder(len(self)) if members is None else Chosen(members, InOrder(len(members)))
+        if members is None:
+            return Shuffled(np.diff(self.starts), seed, streams=streams, block=block)
+        members = np.sort(members)
+        sizes = np.bincount(self.shard_of(members), minlength=len(self.shards))
+        return Chosen(members, Shuffled(sizes, seed, streams=streams, block=block))
+
+    def shards_of(self, samples: NDArray[np.int64]) -> "list[tuple[Index, int]]":
+        """The shards that hold any of the samples, in the order in which they are first met."""
+        return [(self, shard) for shard in dict.fromkeys(self.shard_of(samples).tolist())]
+
     def path(self, shard: int) -> Path:
-        """The local file of a shard."""
-        return Path(self.home, self.shards[shard]["name"])
+        """The file of a shard on this machine, fetched first if it lies elsewhere and is not here.
+
+        Raises:
+            DataError: it cannot be fetched.
+            SettingError: the cache cannot take it.
+        """
+        entry = self.shards[shard]
+        address = located(self.home, entry["name"])
+        return self.cache.fetched(address, entry["bytes"], entry["sha256"]) if is_address(address) else Path(address)
 
     def read(self, sample: int) -> bytes:
         """The encoded image of one sample.
@@ -88,10 +124,10 @@ class Index:
             DataError: the shard is gone or shorter than the index says.
         """
         row, shard = self.rows[sample], int(self.shard_of(np.int64(sample)))
-        path = self.path(shard)
-        content = os.pread(_descriptor(path, self.fingerprint), int(row["size"]), int(row["offset"]))
+        content = os.pread(_descriptor(self, shard), int(row["size"]), int(row["offset"]))
         if len(content) != row["size"]:
-            raise DataError(f"{path}: sample {self.keys(np.array([sample]))[0]} has {len(content)} of {row['size']} bytes; pack it again")
+            place, key = located(self.home, self.shards[shard]["name"]), self.keys(np.array([sample]))[0]
+            raise DataError(f"{place}: sample {key} has {len(content)} of {row['size']} bytes; the shard has changed: {REPAIR}")
         return content
 
 
@@ -130,7 +166,8 @@ def write_index(folder: Path, parts: Iterable[Part], samples: int, *, classes: l
         The content of index.json.
     """
     (folder / "index.json").unlink(missing_ok=True)  # a kill in between leaves no index, rather than one that contradicts itself
-    shards, first, begin = [], 0, 0
+    shards: list[dict[str, Any]] = []
+    first, begin = 0, 0
     rows = np.lib.format.open_memmap(folder / "samples.npy", "w+", ROW, (samples,))
     with (folder / "keys.txt").open("wb") as keys:
         for part in parts:
@@ -143,96 +180,115 @@ def write_index(folder: Path, parts: Iterable[Part], samples: int, *, classes: l
         os.fsync(keys.fileno())
     assert first == samples
     rows.flush()
-    summary = {"version": VERSION, "samples": samples, **more, "classes": classes, "image": image, "shards": shards}
+    files = {name: _described(folder / name) for name in ("samples.npy", "keys.txt")}
+    summary = {"version": VERSION, "samples": samples, **more, "classes": classes, "image": image, "files": files, "shards": shards}
     write_atomically(folder / "index.json", json.dumps(summary, indent=1) + "\n")
     return summary
 
 
-def open_index(path: str | Path) -> Index:
-    """Opens an `index.json`, or the folder that holds it, and checks that each shard is there in full size.
+def _described(file: Path) -> dict[str, Any]:
+    with file.open("rb") as content:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+
+
+def open_index(path: str | Path, cache: ShardCache | None = None) -> Index:
+    """Opens an `index.json`, or the folder that holds it, on this machine or elsewhere; shards that lie here must be there in full size.
+
+    Args:
+        path: a file, a folder, or the address of either.
+        cache: of what lies elsewhere; the default is the user's own cache folder.
 
     Raises:
         DataError: missing, empty, damaged, or of another version; the line names the file.
     """
+    cache = cache or ShardCache(cache_folder())
+    file = _index_file(str(path))
+    home = os.path.dirname(file) or "."
+    try:
+        raw = _fetched_now(file, cache) if is_address(file) else Path(file).read_bytes()
+        content = json.loads(raw)
+        if content["version"] != VERSION:
+            raise DataError(f"{file}: index version {content['version']}, this program reads version {VERSION}; {REPAIR}")
+        beside = {name: _beside(home, name, content["files"][name], cache) for name in ("samples.npy", "keys.txt")}
+        rows = np.load(beside["samples.npy"], mmap_mode="r", allow_pickle=False)
+        shards, image = content["shards"], content["image"]
+        starts = np.cumsum([0, *(shard["samples"] for shard in shards)], dtype=np.int64)
+        if rows.dtype != ROW or rows.shape != (starts[-1],):
+            raise ValueError(f"samples.npy holds {rows.shape} of {rows.dtype.names}, the shards {starts[-1]} samples")
+        if not len(rows):
+            raise DataError(f"{file}: the index holds no sample; pack a folder that has images")
+        index = Index(home, shards, content["classes"], image["channels"], tuple(image["mean"]), tuple(image["std"]), rows,
+                      np.memmap(beside["keys.txt"], np.uint8, "r"), starts, hashlib.sha256(raw).hexdigest()[:16], cache)  # fmt: skip
+        _check_shards(index)
+    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} is damaged ({type(error).__name__}: {error}); {REPAIR}") from None
+    return index
+
+
+def located(home: str, name: str) -> str:
+    """The path or address of a shard."""
+    return name if is_address(name) or os.path.isabs(name) else f"{home}/{name}"
+
+
+def _index_file(path: str) -> str:
+    if is_address(path):
+        return path if path.endswith(".json") else f"{path.rstrip('/')}/index.json"
     file = Path(path) / "index.json" if Path(path).is_dir() else Path(path)
     if not file.exists():
         raise DataError(f"{path}: no index.json there; make one with `mimetic pack {path if Path(path).is_dir() else 'SRC'} SHARDS`, "
-                        "and give its folder SHARDS")  # fmt: skip
-    try:
-        content = json.loads(file.read_bytes())
-        if content["version"] != VERSION:
-            raise DataError(f"{file}: index version {content['version']}, this program reads {VERSION}; pack it again")
-        rows = np.load(file.with_name("samples.npy"), mmap_mode="r", allow_pickle=False)
-        keys = np.memmap(file.with_name("keys.txt"), np.uint8, "r")
-        shards, image = content["shards"], content["image"]
-        starts = np.cumsum([0, *(shard["samples"] for shard in shards)], dtype=np.int64)
-        index = Index(str(file.parent), shards, content["classes"], image["channels"], tuple(image["mean"]), tuple(image["std"]),
-                      rows, keys, starts, hashlib.sha256(file.read_bytes()).hexdigest()[:16])  # fmt: skip
-        names = [(file.parent / shard["name"], shard["bytes"]) for shard in shards]
-        if rows.dtype != ROW or rows.shape != (starts[-1],):
-            raise ValueError(f"samples.npy holds {rows.shape} of {rows.dtype.names}, the shards {starts[-1]} samples")
-        if starts[-1] and index.keys(np.array([len(rows) - 1])) == [""]:
-            raise ValueError("keys.txt is cut off")
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is damaged ({type(error).__name__}: {error}); pack it again") from None
-    if not len(index):
-        raise DataError(f"{file}: the index holds no sample; pack a folder that has images")
-    for shard, size in names:
-        found = shard.stat().st_size if shard.exists() else 0
-        if found != size:
-            raise DataError(f"{shard}: {found} bytes, the index says {size}; pack it again")
-    return index
+                        "and give its folder SHARDS; or with `mimetic index`, for tars that exist")  # fmt: skip
+    return str(file)
 
 
-def open_held_out(path: str | Path, training: Index, *, labelled: bool = False) -> Index:
-    """Opens an index to measure on, of the same kind of images as the training's.
-
-    Raises:
-        DataError: as `open_index` does.
-        SettingError: other channels, or with `labelled` other classes: label numbers would mean something else.
-    """
-    index = open_index(path)
-    if index.channels != training.channels:
-        raise SettingError(f"{path} has {index.channels} channels, the training data {training.channels}; pack both alike, "
-                           f"with --channels {training.channels}")  # fmt: skip
-    if labelled and index.classes != training.classes:
-        told = [f"{len(classes)} classes ({', '.join(classes[:3])} ...)" for classes in (index.classes, training.classes)]
-        raise SettingError(f"{path} has {told[0]}, the training data {told[1]}; both need the same sub-folders")
-    return index
+def _fetched_now(address: str, cache: ShardCache) -> bytes:
+    """A small file from elsewhere, as it is now."""
+    with tempfile.TemporaryDirectory() as folder:
+        fetch(address, Path(folder, "index.json"))
+        return Path(folder, "index.json").read_bytes()
 
 
-def draw_per_class(index: Index, count: int, seed: int, *, skip: int = 0) -> NDArray[np.int64]:
-    """Samples `skip` to `skip + count` of each class in an order drawn by `seed`: disjoint draws have disjoint ranges.
-
-    Raises:
-        SettingError: a class has fewer than `skip + count` samples, or there are no labels.
-    """
-    labels = np.asarray(index.rows["label"])
-    if not index.classes or (labels == UNLABELLED).all():
-        raise SettingError(f"{index.home}: no labels to draw {count} images per class from")
-    draws = []
-    for label, name in enumerate(index.classes):
-        members = np.flatnonzero(labels == label)
-        if len(members) < skip + count:
-            raise SettingError(f"{index.home}: class {name} has {len(members)} images, {skip + count} per class are asked for")
-        draws.append(members[np.argsort(mix(seed, members), kind="stable")][skip : skip + count])
-    return np.sort(np.concatenate(draws))
+def _beside(home: str, name: str, file: dict[str, Any], cache: ShardCache) -> Path:
+    address = located(home, name)
+    return cache.fetched(address, file["bytes"], file["sha256"]) if is_address(address) else Path(address)
 
 
-_descriptors: OrderedDict[tuple[Path, str], int] = OrderedDict()
+def _check_shards(index: Index) -> None:
+    for shard in index.shards:
+        place = located(index.home, shard["name"])
+        if shard["name"].startswith("pipe:"):
+            raise DataError(f"{index.home}: its index names {shard['name'][:60]!r}; an index never runs a command: type it")
+        if is_address(place):
+            continue
+        if is_address(index.home):
+            raise DataError(f"{index.home}: its index names {place}, which lies on this machine; {REPAIR}")
+        found = os.stat(place).st_size if os.path.exists(place) else 0
+        if found != shard["bytes"]:
+            raise DataError(f"{place}: {found} bytes, the index says {shard['bytes']}; the shard has changed: {REPAIR}")
 
 
-def _descriptor(path: Path, fingerprint: str) -> int:
+_descriptors: OrderedDict[tuple[str, str, int], int] = OrderedDict()
+
+
+def _descriptor(index: Index, shard: int) -> int:
     # Kept open per process, the OPEN_SHARDS last used; shards packed anew have another fingerprint. pread has no shared
     # position, so forked workers do not disturb each other.
-    known = (path, fingerprint)
+    known = (index.home, index.fingerprint, shard)
     if known in _descriptors:
         _descriptors.move_to_end(known)
+        if is_address(located(index.home, index.shards[shard]["name"])):
+            os.utime(_descriptors[known])  # a copy in the cache: what is being read is not what gives way
         return _descriptors[known]
-    while len(_descriptors) >= OPEN_SHARDS:
-        os.close(_descriptors.popitem(last=False)[1])
-    try:
-        _descriptors[known] = os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror}; the index names this shard") from None
-    return _descriptors[known]
+    while True:
+        path = index.path(shard)
+        for other in [other for other, opened in _descriptors.items() if not os.fstat(opened).st_nlink]:
+            os.close(_descriptors.pop(other))  # evicted from the cache: its disk is free once nobody has it open
+        while len(_descriptors) >= OPEN_SHARDS:
+            os.close(_descriptors.popitem(last=False)[1])
+        try:
+            _descriptors[known] = os.open(path, os.O_RDONLY)
+            return _descriptors[known]
+        except FileNotFoundError as error:
+            if not index.cache.holds(path):  # else it was evicted between the two lines above
+                raise DataError(f"{path}: {error.strerror}; the index names this shard") from None
+        except OSError as error:
+            raise DataError(f"{path}: {error.strerror}; the index names this shard") from None

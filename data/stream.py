@@ -1,13 +1,14 @@
 """The shard stream: exact global batches on any number of ranks and workers.
 
 The sequence of global batches is a function of seed, epoch and two constants (canonical streams, shuffle block), and of
-nothing else. Rank r of R takes rows [r*b, (r+1)*b) of each global batch of R*b samples.
+nothing else. Rank r of R takes rows [r*b, (r+1)*b) of each global batch of R*b samples. The order is `mimetic.data.order`'s, its
+cutting into batches `mimetic.data.plan`'s; here images are read.
 """
 
 import hashlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -18,11 +19,12 @@ from torch.utils.data import DataLoader, Dataset
 
 from mimetic.data.decode import decode, silence_pillow
 from mimetic.data.index import Index
+from mimetic.data.mixture import Mixture
+from mimetic.data.order import CANONICAL_STREAMS, SHUFFLE_BLOCK
+from mimetic.data.plan import BatchPlan
 from mimetic.data.randomness import mix
-from mimetic.engine.errors import CheckpointError, DataError, SettingError
-
-CANONICAL_STREAMS = 8
-SHUFFLE_BLOCK = 8192
+from mimetic.data.readahead import read_ahead
+from mimetic.engine.errors import CheckpointError, MimeticError, SettingError
 
 Batch = dict[str, Any]
 
@@ -34,26 +36,6 @@ class Transform(Protocol):
         """Args are uint8 (C, H, W) pictures of any size and one seed each; every tensor returned is B long."""
 
 
-def epoch_order(shard_sizes: NDArray[np.int64], seed: int, epoch: int, *, streams: int = CANONICAL_STREAMS,
-                block: int = SHUFFLE_BLOCK) -> NDArray[np.int64]:  # fmt: skip
-    """The order of all samples in one epoch (numbered in shard order): a permutation.
-
-    Shards are permuted and laid end to end, the line is cut into `streams` equal parts, each part is shuffled within blocks
-    of `block` samples, and the parts are then read in turn, one sample each. So a batch mixes `streams` places of the data
-    while each place is read nearly in sequence.
-    """
-    count = int(shard_sizes.sum())
-    starts = np.concatenate([[0], np.cumsum(shard_sizes)])
-    shards = np.argsort(mix(seed, epoch, 0, np.arange(len(shard_sizes))), kind="stable")
-    line = np.concatenate([np.arange(starts[s], starts[s + 1]) for s in shards])
-    lengths = np.full(streams, count // streams) + (np.arange(streams) < count % streams)  # longer parts first
-    part = np.repeat(np.arange(streams), lengths)
-    place = np.arange(count) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    shuffled = np.lexsort((mix(seed, epoch, 1, line), place // block, part))
-    # `place` and `part` are sorted as the line is, so the shuffled sample at a position inherits that position's turn.
-    return line[shuffled][np.lexsort((part, place))]
-
-
 class ShardStream:
     """Batches of one rank, epoch after epoch, from any position.
 
@@ -62,39 +44,43 @@ class ShardStream:
     the transform returns; without a transform `image`, uint8, stacked where all sizes agree and a list otherwise.
 
     Args:
-        index: opened by `mimetic.data.index.open_index`.
+        source: an index, or several as a mixture.
         batch_size: samples per rank and batch.
         subset: sample numbers to use instead of all.
         tail: "pad" fills up the last batch of an epoch, each valid sample comes once; "drop" leaves the remainder out.
+        canonical_streams: places of the data that are read in turn. More mix better and take more of the cache; a number that the
+            machines divide keeps each machine to its own shards.
+        shuffle_block: samples within which each of them is shuffled.
 
     Raises:
         SettingError: settings that contradict each other or the data.
     """
 
     def __init__(
-        self, index: Index, batch_size: int, *, rank: int = 0, world: int = 1, workers: int = 0, seed: int = 0, epoch: int = 0,
+        self, source: Index | Mixture, batch_size: int, *, rank: int = 0, world: int = 1, workers: int = 0, seed: int = 0, epoch: int = 0,
         shuffle: bool = True, tail: str = "pad", subset: NDArray[np.int64] | None = None, transform: Transform | None = None,
+        canonical_streams: int = CANONICAL_STREAMS, shuffle_block: int = SHUFFLE_BLOCK,
     ) -> None:  # fmt: skip
         if tail not in ("pad", "drop"):
             raise SettingError(f"tail is {tail!r}; it must be pad or drop")
         if batch_size < 1 or workers < 0 or not 0 <= rank < world:
             raise SettingError(f"batch_size {batch_size}, workers {workers}, rank {rank} of {world}: these cannot be")
-        subset = None if subset is None else _checked(subset, len(index))
-        self.samples = len(index) if subset is None else len(subset)
-        self.global_batch = batch_size * world
-        self.steps = -(-self.samples // self.global_batch) if tail == "pad" else self.samples // self.global_batch
+        if canonical_streams < 1 or shuffle_block < 1:
+            raise SettingError(f"data.canonical_streams is {canonical_streams}, data.shuffle_block {shuffle_block}; both are 1 or more")
+        subset = None if subset is None else _checked(subset, len(source))
+        order = source.order(seed, shuffle=shuffle, streams=canonical_streams, block=shuffle_block, members=subset)
+        self.plan = BatchPlan(order, batch_size, rank, world, tail)
+        self.samples, self.global_batch, self.steps = order.samples, self.plan.global_batch, self.plan.steps
         if not self.steps:
             raise SettingError(
                 f"data.batch_size {batch_size} x {world} processes = {self.global_batch} is more than the {self.samples} samples "
-                f"of {index.home}; lower data.batch_size to {max(1, self.samples // world)}"
+                f"of {source.home}; lower data.batch_size to {max(1, self.samples // world)}"
             )
-        order = _Orders(index, seed, subset) if shuffle else None
-        rows = slice(rank * batch_size, (rank + 1) * batch_size)
-        self._batches = _Batches(index, order, subset, self.steps, self.global_batch, rows, seed, transform)
-        self._workers, self._step = workers, epoch * self.steps
+        self._batches = _Batches(source, self.plan, seed, transform)
+        self._source, self._workers, self._step = source, workers, epoch * self.steps
         chosen = None if subset is None else hashlib.sha256(subset.tobytes()).hexdigest()[:16]
-        self._identity = {"seed": seed, "fingerprint": index.fingerprint, "subset": chosen, "shuffle": shuffle, "tail": tail,
-                          "canonical_streams": CANONICAL_STREAMS, "shuffle_block": SHUFFLE_BLOCK}  # fmt: skip
+        self._identity = {"seed": seed, "fingerprint": source.fingerprint, "subset": chosen, "shuffle": shuffle, "tail": tail,
+                          "canonical_streams": canonical_streams, "shuffle_block": shuffle_block}  # fmt: skip
 
     def __len__(self) -> int:
         """Batches per epoch, the same on every rank."""
@@ -111,11 +97,14 @@ class ShardStream:
             prefetch_factor=4 if self._workers else None, pin_memory=torch.cuda.is_available(),
             worker_init_fn=_start_worker, generator=torch.Generator(),  # else it draws from the global one, and resuming draws again
         )  # fmt: skip
-        for batch in loader:
-            if isinstance(batch, DataError):
-                raise batch
-            self._step += 1  # handed out, not prefetched
-            yield batch
+        batches = iter(loader)  # before the threads of the read-ahead: workers are forked
+        with read_ahead(self._source, self.plan, self._step, stop) as ahead:
+            for batch in batches:
+                if isinstance(batch, MimeticError):
+                    raise batch
+                self._step += 1  # handed out, not prefetched
+                ahead.reached(self._step)
+                yield batch
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as samples handed out to all ranks, and what fixes the order."""
@@ -140,59 +129,37 @@ class ShardStream:
         self._step = state["epoch"] * self.steps + batch
 
 
-class _Orders:
-    """The order of the epoch that is being read; the last one is kept, since batches come epoch by epoch."""
-
-    def __init__(self, index: Index, seed: int, subset: NDArray[np.int64] | None) -> None:
-        self.index, self.seed = index, seed
-        self.member = None if subset is None else np.isin(np.arange(len(index)), subset)
-        self.epoch, self.order = -1, np.empty(0, dtype=np.int64)
-
-    def __call__(self, epoch: int) -> NDArray[np.int64]:
-        if epoch != self.epoch:
-            order = epoch_order(self.index.shard_sizes, self.seed, epoch)
-            self.epoch, self.order = epoch, order if self.member is None else order[self.member[order]]
-        return self.order
-
-
-class _Batches(Dataset[Batch | DataError]):
+class _Batches(Dataset[Batch | MimeticError]):
     """Batch number -> batch. Any worker can make any batch, so their number changes nothing.
 
-    A DataError is handed over as a value: raised in a worker it would arrive as a traceback in many lines.
+    An error is handed over as a value: raised in a worker it would arrive as a traceback in many lines.
     """
 
-    def __init__(self, index: Index, order: Callable[[int], NDArray[np.int64]] | None, subset: NDArray[np.int64] | None,
-                 steps: int, global_batch: int, rows: slice, seed: int, transform: Transform | None) -> None:  # fmt: skip
-        self.index, self.order, self.steps, self.global_batch = index, order, steps, global_batch
-        self.fixed = np.arange(len(index)) if subset is None else subset
-        self.rows, self.seed, self.transform = rows, seed, transform
+    def __init__(self, source: Index | Mixture, plan: BatchPlan, seed: int, transform: Transform | None) -> None:
+        self.source, self.plan, self.seed, self.transform = source, plan, seed, transform
 
-    def __getitem__(self, step: int) -> Batch | DataError:
+    def __getitem__(self, step: int) -> Batch | MimeticError:
         try:
             return self._batch(step)
-        except DataError as error:
+        except MimeticError as error:
             return error
 
     def _batch(self, step: int) -> Batch:
-        epoch, number = divmod(step, self.steps)
-        order = self.fixed if self.order is None else self.order(epoch)
-        place = np.arange(number * self.global_batch, (number + 1) * self.global_batch)[self.rows]
-        samples, valid = order[place % len(order)], place < len(order)
+        samples, epochs, valid = self.plan.batch(step)
         images, bad = self._images(samples, valid)
-        tensors = self.transform(images, mix(self.seed, epoch, samples)) if self.transform else {"image": _stacked(images)}
-        rows = self.index.rows[samples]
-        return {"keys": self.index.keys(samples), "bad": bad, "sample": torch.from_numpy(samples),
-                "valid": torch.from_numpy(valid), "label": torch.from_numpy(rows["label"].astype(np.int64))} | tensors  # fmt: skip
+        tensors = self.transform(images, mix(self.seed, epochs, samples)) if self.transform else {"image": _stacked(images)}
+        return {"keys": self.source.keys(samples), "bad": bad, "sample": torch.from_numpy(samples), "valid": torch.from_numpy(valid),
+                "label": torch.from_numpy(self.source.labels(samples))} | tensors  # fmt: skip
 
     def _images(self, samples: NDArray[np.int64], valid: NDArray[np.bool_]) -> tuple[list[torch.Tensor], list[str]]:
         images, bad = [], []
         for place, sample in enumerate(samples):
             try:
-                images.append(decode(self.index.read(sample), self.index.channels))
+                images.append(decode(self.source.read(sample), self.source.channels))
             except ValueError:  # the sample keeps its place in the order and counts for nothing
-                images.append(torch.zeros(self.index.channels, 8, 8, dtype=torch.uint8))
+                images.append(torch.zeros(self.source.channels, 8, 8, dtype=torch.uint8))
                 if valid[place]:
-                    bad.extend(self.index.keys(np.array([sample])))
+                    bad.extend(self.source.keys(samples[place : place + 1]))
                 valid[place] = False
         return images, bad
 

@@ -32,19 +32,47 @@ class DataSettings:
     """What is read, and in which portions.
 
     Args:
-        index: An `index.json` made by `mimetic pack`, or the folder that holds it.
+        index: An `index.json` made by `mimetic pack` or `mimetic index`, the folder that holds it, or the address of either.
+        mix: Instead of one index, several by weight: {PATH: WEIGHT, ...}. Each is walked in its own exact order.
+        epoch_samples: Samples that count as an epoch of a mix.
         batch_size: Images per process and micro-batch.
         workers: Processes per rank that decode and augment; 0 does it in the training process. Changes no number.
         max_bad: Share of the samples that may fail to decode before the run stops; 0 is strict.
+        canonical_streams: Places of the data that are read in turn. More mix better; a multiple of the number of machines keeps each
+            machine to its own shards.
+        shuffle_block: Samples within which each stream is shuffled. More mix better, and take more of the cache.
+        cache: Folder for shards that lie elsewhere; the default is ~/.cache/mimetic/shards.
+        cache_gb: What that folder may take.
     """
 
-    index: str
+    index: str | None = None
+    mix: dict[str, float] = dataclasses.field(default_factory=dict)
+    epoch_samples: int | None = None
     batch_size: int = 64
     workers: int = 1
     max_bad: float = 0.01
+    canonical_streams: int = 8
+    shuffle_block: int = 8192
+    cache: str | None = None
+    cache_gb: float = 100.0
 
     def __post_init__(self) -> None:
-        ranges.require(self, "data", batch_size=ranges.COUNT, workers=ranges.NOT_NEGATIVE, max_bad=ranges.SHARE)
+        if (self.index is None) == (not self.mix):
+            raise SettingError("give data.index, the shards to train on (made by `mimetic pack`), or several with their weights as data.mix"
+                               if self.index is None else "data.index and data.mix are both given; put the index into the mix")  # fmt: skip
+        if bool(self.mix) != (self.epoch_samples is not None):
+            raise SettingError(f"data.mix has {len(self.mix)} sets, data.epoch_samples is {self.epoch_samples}; sets that are mixed end at "
+                               "different times, so give both: how many samples count as an epoch")  # fmt: skip
+        for name, weight in self.mix.items():
+            if not 0 < weight < float("inf"):
+                raise SettingError(f"data.mix gives {name} the weight {weight}; it must be above 0")
+        ranges.require(self, "data", batch_size=ranges.COUNT, workers=ranges.NOT_NEGATIVE, max_bad=ranges.SHARE, epoch_samples=ranges.COUNT,
+                       canonical_streams=ranges.COUNT, shuffle_block=ranges.COUNT, cache_gb=ranges.POSITIVE)  # fmt: skip
+
+    @property
+    def named(self) -> str:
+        """What a message calls the data."""
+        return self.index or " + ".join(self.mix)
 
 
 @dataclass(frozen=True)
@@ -261,7 +289,8 @@ def _refuse_unknown_keys(file: Path, known: list[str]) -> None:
             continue
         if any(other.startswith(f"{name}.") for other in known):
             raise SettingError(f"{file}: {name} is {value}, but it is a section; write `{name}:` and its settings below, indented")
-        if name not in known and f"{name}.*" not in known and f"{name.rpartition('.')[0]}.*" not in known:
+        free = any(name == other[:-2] or name.startswith(other[:-1]) for other in known if other.endswith(".*"))
+        if name not in known and not free:
             raise SettingError(f"{file}: unknown setting {name}{did_you_mean(name, known)}")
 
 

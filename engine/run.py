@@ -18,8 +18,8 @@ from mimetic.engine.config import Invocation, flatten, recipe_dict, recipe_hash,
 from mimetic.engine.errors import CheckpointError, LaunchError, SettingError, disk_is_full
 
 # Settings that change no number of the training: a checkpoint may be continued under others.
-HARMLESS = ("data.workers", "data.max_bad", "train.log_every", "train.checkpoint_every", "train.keep", "train.picture_every",
-            "train.evaluate_every")  # fmt: skip
+HARMLESS = ("data.workers", "data.max_bad", "data.cache", "data.cache_gb", "train.log_every", "train.checkpoint_every", "train.keep",
+            "train.picture_every", "train.evaluate_every")  # fmt: skip
 # Settings that name a folder, and the file in it that tells whether its content is still the same.
 INPUTS = ("data.index", "evaluate_on", "evaluation.index", "tokenizer.path", "init.path", "distill.teacher")
 CONTENT = ("index.json", "model.safetensors", "tokenizer/model.safetensors", "backbone/model.safetensors", "residual_cnn/model.safetensors")
@@ -145,8 +145,9 @@ class Run:
     def inputs(self) -> dict[str, str]:
         """What the settings of INPUTS name, by content: data and weights may change under the same path."""
         settings, found = flatten(recipe_dict(self.recipe)), {}
-        for name in INPUTS:
-            path = Path(settings.get(name) or os.devnull)
+        mixed = {f"data.mix.{path}": path for path in getattr(self.recipe.data, "mix", {})}
+        for name, place in {name: settings.get(name) for name in INPUTS}.items() | mixed.items():
+            path = Path(place or os.devnull)
             files = [file for file in (path, *(path / inner for inner in CONTENT)) if file.is_file()]
             if files:
                 with files[0].open("rb") as content:

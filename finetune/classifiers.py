@@ -27,8 +27,6 @@ def build_classifier(recipe: ClassifyRecipe, index: Index) -> tuple[Any, Normali
         CheckpointError: pretrained weights that do not fit.
     """
     settings, views = recipe.backbone, recipe.views
-    if not index.classes:
-        raise SettingError(f"{index.home} has no labels; pack a tree with a sub-folder for each class")
     if len(index.classes) == 1:
         raise SettingError(f"{index.home} has one class, {index.classes[0]}; a classifier tells two or more apart")
     mean, std = views.mean or list(index.mean), views.std or list(index.std)

@@ -27,7 +27,7 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
 
     import torch
 
-    from mimetic.data.index import open_held_out, open_index
+    from mimetic.data.opening import open_held_out, open_labelled
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, ClassifyViews
     from mimetic.engine.loop import Evaluation, train
@@ -37,12 +37,13 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
     from mimetic.finetune.objectives import Distill, Mixing, Supervised
 
     torch.manual_seed(recipe.seed)
-    index = open_index(recipe.data.index)
+    index = open_labelled(recipe.data)
     model, normalize = build_classifier(recipe, index)
     held_out = open_held_out(recipe.evaluation.index, index, labelled=True)
     views, size = recipe.views, model.image_size[0]
     trained_on, measured_on = draw_apart(index, recipe.labels, held_out, recipe.evaluation.labels)
-    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
+    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers,
+             "canonical_streams": recipe.data.canonical_streams, "shuffle_block": recipe.data.shuffle_block}  # fmt: skip
     augmentation = Augmentation((views.crop_low, 1.0), views.shift, views.flip, views.jitter)
     stream = ShardStream(
         index, recipe.data.batch_size, seed=recipe.seed, tail="drop", subset=trained_on, transform=ClassifyViews(size, augmentation),

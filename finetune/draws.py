@@ -3,7 +3,8 @@
 import numpy as np
 from numpy.typing import NDArray
 
-from mimetic.data.index import Index, draw_per_class
+from mimetic.data.index import Index
+from mimetic.data.opening import draw_per_class
 from mimetic.engine.errors import SettingError
 from mimetic.finetune.recipe import LabelSettings
 

@@ -49,14 +49,12 @@ def fit(invocation: Invocation[LogisticRecipe]) -> None:
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
-    from mimetic.data.index import open_held_out, open_index
+    from mimetic.data.opening import open_held_out, open_labelled
     from mimetic.data.stream import pixels
     from mimetic.finetune.draws import draw_apart
 
     recipe, started = invocation.recipe, time.perf_counter()
-    training = open_index(recipe.data.index)
-    if not training.classes:
-        raise SettingError(f"{training.home} has no labels; pack a tree with a sub-folder for each class")
+    training = open_labelled(recipe.data)
     held_out = open_held_out(recipe.evaluation.index, training, labelled=True)
     drawn = draw_apart(training, recipe.labels, held_out, recipe.evaluation.labels)
     (train_ND, train_N), (test_ND, test_N) = (pixels(index, subset) for index, subset in zip((training, held_out), drawn, strict=True))

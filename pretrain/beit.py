@@ -26,8 +26,8 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
 
     from mimetic.backbones.catalog import create_backbone
     from mimetic.backbones.files import save_backbone
-    from mimetic.data.index import open_held_out, open_index
     from mimetic.data.masks import mask_generator
+    from mimetic.data.opening import open_data, open_held_out
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, Normalize, PretrainViews
     from mimetic.engine.errors import SettingError
@@ -36,12 +36,12 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     from mimetic.pretrain.mim import MaskedImageModeling, TokenHead, check_grids
     from mimetic.tokenizers.files import open_tokenizer
 
-    index = open_index(recipe.data.index)
+    index = open_data(recipe.data)
     held_out = open_held_out(recipe.evaluate_on, index) if recipe.evaluate_on else index
     tokenizer = open_tokenizer(recipe.tokenizer.path)
     if tokenizer.in_channels != index.channels:
         raise SettingError(f"the tokenizer {recipe.tokenizer.path} reads images of {tokenizer.in_channels} channels, those of "
-                           f"{recipe.data.index} have {index.channels}; train a tokenizer on them")  # fmt: skip
+                           f"{recipe.data.named} have {index.channels}; train a tokenizer on them")  # fmt: skip
     settings, views, mask = recipe.backbone, recipe.views, recipe.mask
     torch.manual_seed(recipe.seed)
     backbone = create_backbone(settings.name, image_size=settings.image_size, in_channels=index.channels, **settings.overrides)
@@ -59,7 +59,8 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     normalize = Normalize(tuple(views.mean or index.mean), tuple(views.std or index.std)).for_channels(index.channels)
     objective = MaskedImageModeling(backbone, tokenizer, head, normalize, accelerator.device)
     augmentation = Augmentation((views.crop_low, views.crop_high), views.shift, views.flip, views.jitter)
-    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
+    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers,
+             "canonical_streams": recipe.data.canonical_streams, "shuffle_block": recipe.data.shuffle_block}  # fmt: skip
     training = PretrainViews(backbone.image_size[0], target_size, augmentation, masks)
     stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=training, **ranks)
 

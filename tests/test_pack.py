@@ -23,7 +23,8 @@ from webdataset import tariterators
 from mimetic.data import index as index_module
 from mimetic.data import pack as pack_module
 from mimetic.data.decode import decode
-from mimetic.data.index import UNLABELLED, Index, draw_per_class, open_index
+from mimetic.data.index import UNLABELLED, Index, open_index
+from mimetic.data.opening import draw_per_class
 from mimetic.data.pack import pack, pack_and_tell
 from mimetic.engine.errors import DataError, SettingError
 

@@ -25,7 +25,7 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
 
     import torch
 
-    from mimetic.data.index import open_held_out, open_index
+    from mimetic.data.opening import open_data, open_held_out
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, ClassifyViews
     from mimetic.engine.checkpoints import newest
@@ -35,13 +35,14 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     from mimetic.tokenizers.objective import DVAEObjective, evaluate_tokenizer, only_valid
 
     torch.manual_seed(recipe.seed)
-    index = open_index(recipe.data.index)
+    index = open_data(recipe.data)
     held_out = open_held_out(recipe.evaluate_on, index) if recipe.evaluate_on else index
     settings, views = recipe.dvae, recipe.views
     if views.image_size % settings.stride:
         raise SettingError(f"views.image_size {views.image_size} is no multiple of dvae.stride {settings.stride}; use "
                            f"{max(1, views.image_size // settings.stride) * settings.stride}")  # fmt: skip
-    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
+    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers,
+             "canonical_streams": recipe.data.canonical_streams, "shuffle_block": recipe.data.shuffle_block}  # fmt: skip
     augment = ClassifyViews(views.image_size, Augmentation((views.crop_low, 1.0), flip=views.flip))
     stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=augment, **ranks)
     dvae = DVAE(settings.vocab_size, settings.stride, index.channels, settings.width, settings.code_width, settings.depth)
@@ -69,7 +70,7 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
         save_tokenizer(dvae, invocation.out / "tokenizer")
         Run(invocation, "tokenizer").finish()
         print(f"tokenizer in {invocation.out}/tokenizer\nnext: pretrain with it, pretrain/beit.py --tokenizer.path {invocation.out} "
-              f"--data.index {recipe.data.index} (--help has an example)")  # fmt: skip
+              f"--data.index {recipe.data.named} (--help has an example)")  # fmt: skip
     accelerator.end_training()
 
 

@@ -1,0 +1,152 @@
+"""Shards from elsewhere on this machine: a bounded folder that all processes of a node share.
+
+Each file is fetched by whoever needs it first, under a lock, while the others wait. The least recently read give way to new ones.
+A reader that has one of those open keeps it: on POSIX systems an unlinked file lives until it is closed.
+"""
+
+import fcntl
+import hashlib
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+from mimetic.data.fetch import fetch, spool
+from mimetic.engine.errors import DataError, SettingError, disk_is_full
+
+LIMIT = 100 * 10**9  # bytes; `data.cache_gb` has the same default
+
+
+def cache_folder() -> Path:
+    """Where fetched shards are kept unless `data.cache` says otherwise: $XDG_CACHE_HOME/mimetic/shards."""
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mimetic" / "shards"
+
+
+@dataclass(frozen=True)
+class ShardCache:
+    """Copies of files from elsewhere.
+
+    Attributes:
+        folder: of the copies; made when the first one is fetched.
+        limit: bytes that they may have together.
+    """
+
+    folder: Path
+    limit: int = LIMIT
+
+    def file(self, address: str, sha256: str | None) -> Path:
+        """Where the copy lies, or will lie: named by its content where that is known, so that no copy is ever out of date."""
+        name = sha256 or hashlib.sha256(address.encode()).hexdigest()
+        return self.folder / f"{name[:40]}.tar"
+
+    def fetched(self, address: str, size: int | None = None, sha256: str | None = None) -> Path:
+        """The local copy of a file, fetched if it is not here.
+
+        Args:
+            address: as `mimetic.data.fetch.fetch` takes it, or `pipe:COMMAND` where the user has typed that.
+            size: in bytes, where it is known.
+            sha256: in hex, where it is known.
+
+        Raises:
+            DataError: it cannot be fetched, or the disk is full.
+            SettingError: it is larger than the cache, or the folder cannot be written.
+        """
+        file = self.file(address, sha256)
+        if not _touched(file):
+            if size is not None and size > self.limit:
+                raise SettingError(f"data.cache_gb is {self.limit / 1e9:g}, but {address} alone has {size / 1e9:.3g} GB; raise it")
+            try:
+                with self._part(file, size) as part:
+                    if not _touched(file):
+                        self._make_room(part)
+                        spool(address.removeprefix("pipe:"), part) if address.startswith("pipe:") else fetch(address, part, size, sha256)
+                        with part.open("rb") as content:
+                            os.fsync(content.fileno())
+                        part.rename(file)
+            except OSError as error:
+                if disk_is_full(error):
+                    raise DataError(f"{self.folder}: the disk is full; free some space, or give data.cache another folder") from None
+                raise SettingError(f"{self.folder} cannot be written ({error.strerror or error}); give data.cache another folder") from None
+        return file
+
+    def holds(self, file: Path) -> bool:
+        """Whether a file lies, or lay, here."""
+        return file.parent == self.folder
+
+    @contextmanager
+    def _part(self, file: Path, size: int | None) -> Iterator[Path]:
+        """The unfinished copy, locked. Its name tells how large it is going to be."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        part = file.with_suffix(f".{size or 0}.part")
+        while True:
+            with part.open("ab") as held:
+                fcntl.flock(held, fcntl.LOCK_EX)
+                if not _is_at(held, part):  # finished or cleared away while we waited
+                    continue
+                try:
+                    yield part
+                finally:
+                    if _is_at(held, part) and not part.stat().st_size:
+                        part.unlink()
+                return
+
+    def _make_room(self, part: Path) -> None:
+        """Removes the copies that were read longest ago until all that is here and on its way fits."""
+        while True:
+            with (self.folder / "evicting").open("a") as held:
+                fcntl.flock(held, fcntl.LOCK_EX)
+                copies, under_way = self._contents()
+                excess = sum(entry.st_size for _, entry in copies) + sum(under_way.values()) - self.limit
+                for file, entry in sorted(copies, key=lambda copy: copy[1].st_mtime_ns):
+                    if excess <= 0:
+                        break
+                    file.unlink(missing_ok=True)
+                    excess -= entry.st_size
+                for left in [other for other in under_way if other != part]:
+                    if excess > 0 and _is_nobodys(left):
+                        excess -= under_way[left]
+                        left.unlink(missing_ok=True)
+            if excess <= 0 or part == min(under_way):
+                return
+            time.sleep(0.2)  # others are fetching, and what they finish can give way; the first by name never waits, so all get on
+
+    def _contents(self) -> tuple[list[tuple[Path, os.stat_result]], dict[Path, int]]:
+        copies, under_way = [], {}
+        for entry in os.scandir(self.folder):
+            try:
+                if entry.name.endswith(".tar"):
+                    copies.append((Path(entry.path), entry.stat()))
+                elif entry.name.endswith(".part"):
+                    under_way[Path(entry.path)] = max(int(entry.name.split(".")[-2]), entry.stat().st_size)
+            except FileNotFoundError:
+                continue
+        return copies, under_way
+
+
+def _touched(file: Path) -> bool:
+    """Whether the file is here; if so, it counts as read just now."""
+    try:
+        os.utime(file)
+    except FileNotFoundError:
+        return False
+    return True
+
+
+def _is_at(held: BinaryIO, path: Path) -> bool:
+    try:
+        return os.fstat(held.fileno()).st_ino == path.stat().st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _is_nobodys(part: Path) -> bool:
+    """Whether an unfinished copy was left by a process that is gone."""
+    try:
+        with part.open("ab") as held:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+    except OSError:
+        return False
