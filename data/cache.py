@@ -130,7 +130,7 @@ def _touched(file: Path) -> bool:
     """Whether the file is here; if so, it counts as read just now."""
     try:
         os.utime(file)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
     return True
 

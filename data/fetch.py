@@ -106,8 +106,8 @@ class _LostError(Exception):
 
 
 def _read(stream: IO[bytes]) -> bytes:
-    try:
-        return stream.read(CHUNK)
+    try:  # read1 gives what has come; read would wait for all of a chunk, and lose it with the connection
+        return getattr(stream, "read1", stream.read)(CHUNK)
     except Exception as error:  # each file system has exceptions of its own
         raise _LostError(_words(error)) from None
 

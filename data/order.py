@@ -68,7 +68,8 @@ class Shuffled:
 
     Shards are permuted and laid end to end, the line is cut into `streams` equal parts, each part is shuffled within blocks of
     `block` samples, and the parts are read in turn, one sample each. So a batch mixes `streams` places of the data, while each place
-    is read nearly in sequence: a machine that reads some of the streams needs their shards alone, a few at a time.
+    is read nearly in sequence: a machine that reads some of the streams needs their shards alone, a few at a time. Every second part
+    is read from its end: then neighbours meet at a cut at the same time, and the shard that lies across it is needed once.
 
     Args:
         sizes: samples of each shard; shards may be empty.
@@ -122,7 +123,8 @@ class Shuffled:
             share, longer = divmod(self.samples, self.streams)
             begin = part * share + min(part, longer)
             end = begin + share + (part < longer)
-            place = np.arange(begin + block * self.block, min(begin + (block + 1) * self.block, end))
+            turn = np.arange(block * self.block, min((block + 1) * self.block, end - begin))
+            place = end - 1 - turn if part % 2 else begin + turn
             while len(self.shuffles) >= 2 * self.streams:
                 del self.shuffles[next(iter(self.shuffles))]
             self.shuffles[known] = place[np.argsort(mix(self.seed, epoch, BLOCKS, place), kind="stable")]

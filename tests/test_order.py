@@ -29,7 +29,7 @@ def whole_epoch(sizes: list[int], seed: int, epoch: int, streams: int, block: in
     parts, begin = [], 0
     for part in range(streams):
         length = len(line) // streams + (part < len(line) % streams)
-        places = range(begin, begin + length)
+        places = list(range(begin, begin + length))[:: -1 if part % 2 else 1]
         cut = [places[i : i + block] for i in range(0, length, block)]
         parts.append([line[place] for piece in cut for place in sorted(piece, key=lambda place: int(mix(seed, epoch, 1, place)))])
         begin += length

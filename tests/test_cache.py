@@ -1,0 +1,300 @@
+"""Shards from elsewhere: fetched once, whole and unchanged, whatever the network does, into a folder that stays within its bounds."""
+
+import hashlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from faulty_server import FaultyServer, serving, start_elsewhere
+from imagesets import grey_folder
+from tinyruns import files_of_at_most
+
+from mimetic.data import fetch as fetch_module
+from mimetic.data.cache import ShardCache
+from mimetic.data.fetch import fetch
+from mimetic.data.index import Index, open_index
+from mimetic.data.pack import pack
+from mimetic.data.stream import ShardStream
+from mimetic.engine.errors import DataError, SettingError
+
+MB = 1_000_000
+
+
+def content(number: int, size: int = 300_000) -> bytes:
+    return np.random.default_rng(number).bytes(size)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch_module, "STALL", 0.5)
+    monkeypatch.setattr(fetch_module, "WAITS", (0.01, 0.05))
+    monkeypatch.setattr(fetch_module, "PATIENCE", 3.0)
+    (tmp_path / "served").mkdir()
+    for number in range(8):
+        (tmp_path / "served" / f"{number}.tar").write_bytes(content(number))
+    with serving(tmp_path / "served") as faulty:
+        yield faulty
+
+
+def of(number: int, size: int = 300_000) -> dict:
+    return {"size": size, "sha256": hashlib.sha256(content(number, size)).hexdigest()}
+
+
+# One file
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+@pytest.mark.parametrize(
+    "faults", [[], ["500"], ["500", "500", "503"], ["drop"], ["short", "short"], ["stall"], ["drop", "500", "short", "429"]]
+)
+def test_a_file_arrives_whole_whatever_happens_on_the_way(server, tmp_path, faults, ranges):
+    server.faults, server.ranges = list(faults), ranges
+    assert fetch(f"{server.address}/1.tar", tmp_path / "part", **of(1)) == of(1)["sha256"]
+    assert (tmp_path / "part").read_bytes() == content(1)
+    assert not server.faults
+    broken = sum(fault in ("drop", "short", "stall") for fault in faults)
+    assert server.asked["1.tar"] + server.again["1.tar"] == broken + 1
+    if ranges and "drop" not in faults:  # a reset may take back what had come
+        assert server.again["1.tar"] == broken, "what came is gone on with, not fetched again"
+
+
+@pytest.mark.parametrize("faults", [[], ["short"]])
+def test_a_file_of_unknown_size_is_fetched_to_the_end_that_the_server_tells(server, tmp_path, faults):
+    server.faults = list(faults)
+    assert fetch(f"{server.address}/2.tar", tmp_path / "part") == of(2)["sha256"]
+
+
+def test_what_a_killed_process_left_is_gone_on_with(server, tmp_path):
+    (tmp_path / "part").write_bytes(content(3)[:123_456])
+    fetch(f"{server.address}/3.tar", tmp_path / "part", **of(3))
+    assert (tmp_path / "part").read_bytes() == content(3)
+    assert (server.asked["3.tar"], server.again["3.tar"]) == (0, 1)
+
+
+def test_a_file_of_another_hash_is_fetched_again_and_then_refused_by_name(server, tmp_path):
+    server.faults = ["garbage"]
+    fetch(f"{server.address}/1.tar", tmp_path / "part", **of(1))
+    assert (tmp_path / "part").read_bytes() == content(1)
+    (tmp_path / "part").unlink()
+    server.asked.clear()
+    with pytest.raises(DataError, match=rf"{server.address}/1.tar: sha256 .* the index says {of(2)['sha256'][:12]}.*twice"):
+        fetch(f"{server.address}/1.tar", tmp_path / "part", **of(2))
+    assert server.asked["1.tar"] == 2
+
+
+@pytest.mark.parametrize(("fault", "told"), [("404", "404"), ("403", "403")])
+def test_what_will_not_pass_is_said_at_once(server, tmp_path, fault, told):
+    server.faults = [fault]
+    with pytest.raises(DataError, match=rf"{server.address}/1.tar: .*{told}"):
+        fetch(f"{server.address}/1.tar", tmp_path / "part")
+
+
+def test_a_server_that_stays_away_is_named_after_a_while(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch_module, "PATIENCE", 0.5)
+    with pytest.raises(DataError, match=r"http://127.0.0.1:9/x.tar cannot be fetched: no byte for 0 s .*refused"):
+        fetch("http://127.0.0.1:9/x.tar", tmp_path / "part")
+
+
+def test_fsspec_reads_other_places_and_names_those_it_cannot(tmp_path, monkeypatch):
+    with fsspec.open("memory://shards/5.tar", "wb") as file:
+        file.write(content(5))
+    (tmp_path / "part").write_bytes(content(5)[:1000])
+    fetch("memory://shards/5.tar", tmp_path / "part", **of(5))
+    assert (tmp_path / "part").read_bytes() == content(5)
+    with pytest.raises(DataError, match=r"memory://shards/6.tar: there is no such file"):
+        fetch("memory://shards/6.tar", tmp_path / "other")
+    with pytest.raises(DataError, match=r"nowhere://x: nowhere:// cannot be read .* known are http"):
+        fetch("nowhere://x", tmp_path / "other")
+
+
+# The cache
+
+
+def test_a_shard_is_fetched_once_by_however_many_processes(server, tmp_path):
+    server.pace = 0.005
+    cache = ShardCache(tmp_path / "cache")
+    context = get_context("spawn")
+    with ThreadPoolExecutor(8) as threads:
+        processes = [context.Process(target=fetch_all, args=(cache, server.address)) for _ in range(2)]
+        for process in processes:
+            process.start()
+        files = list(threads.map(lambda number: cache.fetched(f"{server.address}/{number % 4}.tar", **of(number % 4)), range(16)))
+        for process in processes:
+            process.join(60)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert {file.read_bytes() for file in files} == {content(number) for number in range(4)}
+    assert server.asked == dict.fromkeys(("0.tar", "1.tar", "2.tar", "3.tar"), 1)
+    assert len(list((tmp_path / "cache").glob("*"))) == 5, "four shards, and the lock of evictions"
+
+
+def fetch_all(cache: ShardCache, address: str) -> None:
+    for number in (3, 2, 1, 0):
+        cache.fetched(f"{address}/{number}.tar", **of(number))
+
+
+def test_the_least_recently_read_give_way_and_the_bound_holds(server, tmp_path):
+    cache = ShardCache(tmp_path / "cache", limit=1 * MB)
+    for number in (0, 1, 2, 0, 3, 0, 4):
+        cache.fetched(f"{server.address}/{number}.tar", **of(number))
+        assert sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.tar")) <= MB
+        time.sleep(0.01)  # file systems tell times apart by some milliseconds
+    assert server.asked["0.tar"] == 1
+    kept = {file.read_bytes() for file in (tmp_path / "cache").glob("*.tar")}
+    assert kept == {content(number) for number in (0, 3, 4)}
+
+
+def test_the_bound_holds_when_several_fetch_at_once_and_none_waits_for_ever(server, tmp_path):
+    server.pace = 0.002
+    cache, most = ShardCache(tmp_path / "cache", limit=700_000), 0
+    with ThreadPoolExecutor(6) as threads:
+        work = [threads.submit(cache.fetched, f"{server.address}/{number % 8}.tar", **of(number % 8)) for number in range(24)]
+        while not all(one.done() for one in work):
+            most = max(most, sum(size_of(file) for file in (tmp_path / "cache").glob("*.*")))
+            time.sleep(0.005)
+    assert all(one.result() for one in work)
+    assert most <= 700_000 + 300_000
+
+
+def size_of(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
+def test_a_shard_larger_than_the_cache_is_refused(server, tmp_path):
+    with pytest.raises(SettingError, match=r"data.cache_gb is 0.0002, but .*1.tar alone has 0.0003 GB"):
+        ShardCache(tmp_path / "cache", limit=200_000).fetched(f"{server.address}/1.tar", **of(1))
+
+
+def test_a_folder_that_cannot_be_written_is_named(server, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingError, match=r"file/cache cannot be written .*; give data.cache another folder"):
+        ShardCache(tmp_path / "file/cache").fetched(f"{server.address}/1.tar", **of(1))
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(server, tmp_path):
+    cache = ShardCache(tmp_path / "cache")
+    with files_of_at_most(100_000), pytest.raises(DataError, match=r"cache: the disk is full; free some space, or give data.cache"):
+        cache.fetched(f"{server.address}/1.tar", **of(1))
+    assert not list((tmp_path / "cache").glob("*.tar"))
+    assert sum(file.stat().st_size for file in (tmp_path / "cache").iterdir()) == 0
+    assert cache.fetched(f"{server.address}/1.tar", **of(1)).read_bytes() == content(1)
+
+
+def test_a_typed_command_is_spooled_and_its_failure_told(tmp_path):
+    cache = ShardCache(tmp_path / "cache")
+    (tmp_path / "x").write_bytes(content(1))
+    assert cache.fetched(f"pipe:cat {tmp_path}/x").read_bytes() == content(1)
+    with pytest.raises(DataError, match=r"pipe:cat .*/missing ended with code 1 \(cat: .*No such file"):
+        cache.fetched(f"pipe:cat {tmp_path}/missing")
+
+
+# A whole set of shards
+
+
+@pytest.fixture
+def packed(server, tmp_path) -> Index:
+    """60 images in 12 shards, served."""
+    pack(grey_folder(tmp_path / "src", 60), tmp_path / "served/set", samples_per_shard=5)
+    return open_index(tmp_path / "served/set")
+
+
+def keys_of(stream: ShardStream) -> list[list[str]]:
+    return [batch["keys"] for batch in stream]
+
+
+def elsewhere(server: FaultyServer, tmp_path: Path, limit: int = 10**9) -> Index:
+    return open_index(f"{server.address}/set", ShardCache(tmp_path / "cache", limit))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_shards_elsewhere_give_the_same_batches_and_are_fetched_once(server, packed, tmp_path, workers):
+    index = elsewhere(server, tmp_path)
+    assert index.fingerprint == packed.fingerprint
+    for epoch in range(2):
+        there, here = (ShardStream(source, 7, workers=workers, seed=3, epoch=epoch) for source in (index, packed))
+        assert keys_of(there) == keys_of(here)
+    shards = {f"set/{shard['name']}" for shard in index.shards}
+    assert {name: count for name, count in server.asked.items() if name in shards} == dict.fromkeys(shards, 1)
+
+
+def test_a_small_cache_fetches_again_but_stays_exact(server, packed, tmp_path):
+    largest = max(shard["bytes"] for shard in packed.shards)
+    options = {"canonical_streams": 2, "shuffle_block": 4}
+    index = elsewhere(server, tmp_path, 9 * largest)
+    for epoch in range(3):
+        there, here = (ShardStream(source, 6, seed=3, epoch=epoch, **options) for source in (index, packed))
+        assert keys_of(there) == keys_of(here)
+    assert sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.tar")) <= 9 * largest
+    shards = [f"set/{shard['name']}" for shard in index.shards]
+    assert max(server.asked[name] for name in shards) <= 3, "at most once an epoch"
+
+
+def test_a_cache_that_cannot_hold_what_is_read_at_once_is_refused_before_it_thrashes(server, packed, tmp_path):
+    index = elsewhere(server, tmp_path, 3 * max(shard["bytes"] for shard in packed.shards))
+    with pytest.raises(SettingError, match=r"data.cache_gb is \S+, but the shards .* have \S+ GB; raise it, or lower data.canonical"):
+        next(iter(ShardStream(index, 6)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_network_that_is_away_for_a_while_changes_nothing(server, packed, tmp_path, monkeypatch, workers):
+    """The server is killed in mid-epoch and comes back at the same place."""
+    monkeypatch.setattr(fetch_module, "PATIENCE", 60.0)
+    expected = keys_of(ShardStream(packed, 3, seed=3))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    servers = [start_elsewhere(tmp_path / "served", port)]
+    index = open_index(f"http://127.0.0.1:{port}/set", ShardCache(tmp_path / "cache"))
+    batches = iter(ShardStream(index, 3, seed=3, workers=workers))
+    found = [next(batches)["keys"]]
+    servers[0].kill()
+    servers[0].wait()
+    comes_back = threading.Timer(2, lambda: servers.append(start_elsewhere(tmp_path / "served", port)))
+    comes_back.start()
+    found += [batch["keys"] for batch in batches]
+    comes_back.join()
+    for process in servers:
+        process.kill()
+        process.wait()
+    assert found == expected
+
+
+def test_a_damaged_shard_is_named_where_it_is_met(server, packed, tmp_path):
+    shard = tmp_path / "served/set/shard-00003.tar"
+    shard.write_bytes(shard.read_bytes()[:-10] + b"0123456789")
+    with pytest.raises(DataError, match=r"shard-00003.tar: sha256 .*fetched twice; it has changed or is damaged"):
+        keys_of(ShardStream(elsewhere(server, tmp_path), 6))
+
+
+def test_an_index_names_no_commands_and_no_files_of_ours(server, packed, tmp_path):
+    folder = tmp_path / "served/set"
+    text = (folder / "index.json").read_text()
+    for name, told in (("pipe:touch /tmp/x", "an index never runs a command"), ("/etc/passwd", "which lies on this machine")):
+        (folder / "index.json").write_text(text.replace('"shard-00000.tar"', f'"{name}"'))
+        with pytest.raises(DataError, match=told):
+            elsewhere(server, tmp_path)
+    shutil.rmtree(folder)
+
+
+def test_an_index_that_is_not_there_is_named(server, tmp_path):
+    with pytest.raises(DataError, match=rf"{server.address}/other/index.json: the answer is 404"):
+        open_index(f"{server.address}/other", ShardCache(tmp_path / "cache"))
+
+
+def test_opening_shards_by_address_needs_no_more_than_the_address(server, packed, tmp_path):
+    code = f"import mimetic; print(sum(len(b['keys']) for b in mimetic.open_shards('{server.address}/set', 6, workers=1)))"
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "home")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment, check=False)
+    assert (done.stdout, done.returncode) == ("60\n", 0), done.stderr
+    assert len(list((tmp_path / "home/mimetic/shards").glob("*.tar"))) == 12 + 2
