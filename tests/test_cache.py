@@ -1,6 +1,7 @@
 """Shards from elsewhere: fetched once, whole and unchanged, whatever the network does, into a folder that stays within its bounds."""
 
 import hashlib
+import importlib.util
 import os
 import shutil
 import socket
@@ -23,11 +24,13 @@ from mimetic.data import fetch as fetch_module
 from mimetic.data.cache import ShardCache
 from mimetic.data.fetch import fetch
 from mimetic.data.index import Index, open_index
+from mimetic.data.order import Shuffled
 from mimetic.data.pack import pack
 from mimetic.data.stream import ShardStream
 from mimetic.engine.errors import DataError, SettingError
 
 MB = 1_000_000
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def content(number: int, size: int = 300_000) -> bytes:
@@ -298,3 +301,24 @@ def test_opening_shards_by_address_needs_no_more_than_the_address(server, packed
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment, check=False)
     assert (done.stdout, done.returncode) == ("60\n", 0), done.stderr
     assert len(list((tmp_path / "home/mimetic/shards").glob("*.tar"))) == 12 + 2
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_what_the_simulation_says_of_each_machine_is_what_it_fetches(server, packed, tmp_path, world):
+    """Each rank is a machine here, with a cache of its own."""
+    spec = importlib.util.spec_from_file_location("stream_benchmark", ROOT / "benchmarks/stream.py")
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+    options = {"canonical_streams": 4, "shuffle_block": 4}
+    order = Shuffled(np.diff(packed.starts), 3, streams=4, block=4)
+    batch, steps = 12 // world, 5
+    said = benchmark.walk(order, world, batch, 0, steps)
+    weight = np.array([shard["bytes"] for shard in packed.shards], float)
+    for rank in range(world):
+        index = open_index(f"{server.address}/set", ShardCache(tmp_path / f"cache-{rank}"))
+        assert len(keys_of(ShardStream(index, batch, rank=rank, world=world, seed=3, tail="drop", **options))) == steps
+        fetched = {shard for shard, entry in enumerate(index.shards) if index.cache.file("", entry["sha256"]).exists()}
+        assert fetched == set(np.flatnonzero(said.first[rank] >= 0).tolist())
+        assert said.fetched(weight)[rank] == sum(index.shards[shard]["bytes"] for shard in fetched)
+    if world in (2, 4):
+        assert said.fetched(weight).max() < 1.4 * weight.sum() / world, "the streams divide: each machine keeps to its own"

@@ -34,6 +34,7 @@ from tinyruns import (
 )
 
 from mimetic import cli
+from mimetic.data.index import open_index
 from mimetic.engine.runtime import run_entry
 from mimetic.finetune import classify, logistic
 from mimetic.pretrain import beit
@@ -351,22 +352,23 @@ def test_another_recipe_in_a_used_folder_is_refused_and_harmless_changes_are_not
 # Images that do not decode
 
 
-def spoil(data: Path, samples: int) -> None:
-    """Overwrites the first bytes of some images where they lie in the shard."""
-    shards = json.loads((data / "index.json").read_text())["shards"]
-    for row in np.load(data / "samples.npy")[:samples]:
-        with (data / shards[row["shard"]]["name"]).open("r+b") as shard:
-            shard.seek(row["offset"])
-            shard.write(b"junk" * 4)
+def spoil(data: Path, samples: int) -> list[str]:
+    """Overwrites the first bytes of some images where they lie in the shard; returns their keys."""
+    index = open_index(data)
+    chosen = np.arange(samples)
+    for row, shard in zip(index.rows[:samples], index.shard_of(chosen).tolist(), strict=True):
+        with index.path(shard).open("r+b") as file:
+            file.seek(int(row["offset"]))
+            file.write(b"junk" * 4)
+    return index.keys(chosen)
 
 
 def test_images_that_do_not_decode_are_counted_up_to_a_share(entry, world, tmp_path):
     shutil.copytree(world / "data", tmp_path / "data")
-    spoil(tmp_path / "data", 2)  # of 200: 1 %, as many as data.max_bad tolerates
+    spoilt = spoil(tmp_path / "data", 2)  # of 200: 1 %, as many as data.max_bad tolerates
     code, _, err = entry("beit", *beit_arguments(world, tmp_path / "run", data__index=tmp_path / "data", train__steps=36))
     assert (code, err) == (0, "")
     assert lines(tmp_path / "run")[-1]["bad_samples"] in (5, 6), "2 in each of 3 epochs, but for what an epoch leaves out"
-    spoilt = [row["key"].decode() for row in np.load(tmp_path / "data/samples.npy")[:2]]
     assert sorted((tmp_path / "run/skipped.txt").read_text().split()) == sorted(spoilt)
     spoil(tmp_path / "data", 30)
     line = entry.refused("beit", *beit_arguments(world, tmp_path / "more", data__index=tmp_path / "data", train__steps=36))
@@ -388,13 +390,12 @@ def test_large_pictures_are_read_in_silence(entry, world, tmp_path, monkeypatch,
 
 def test_held_out_images_that_do_not_decode_are_listed_up_to_a_share_and_nothing_is_trained_twice(entry, world, tmp_path):
     shutil.copytree(world / "held-out", tmp_path / "data")
-    spoil(tmp_path / "data", 2)  # of 70
+    spoilt = spoil(tmp_path / "data", 2)  # of 70
     few = classify_arguments(world, tmp_path / "few", evaluation__index=tmp_path / "data", data__max_bad=0.03)
     code, out, err = entry("classify", *few)
     assert (code, err) == (0, "")
     assert "2 of the 70 held-out images did not decode" in out
     assert [line["count"] for line in lines(tmp_path / "few", "records.jsonl")] == [68]
-    spoilt = [row["key"].decode() for row in np.load(tmp_path / "data/samples.npy")[:2]]
     assert sorted((tmp_path / "few/skipped.txt").read_text().split()) == sorted(spoilt)
 
     spoil(tmp_path / "data", 30)
@@ -477,6 +478,7 @@ import threading
 
 import torch
 
+from mimetic.data.index import open_index
 from mimetic.engine.runtime import run_entry
 
 
