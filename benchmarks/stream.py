@@ -21,9 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from mimetic.data.batches import BatchPlan
 from mimetic.data.index import ROW, Part, write_index
 from mimetic.data.order import Shuffled
-from mimetic.data.plan import BatchPlan
 
 CHILD = """
 import os, resource, sys, time

@@ -6,10 +6,10 @@ import threading
 from collections import OrderedDict, deque
 from queue import SimpleQueue
 
+from mimetic.data.batches import BatchPlan
 from mimetic.data.fetch import is_address
 from mimetic.data.index import Index, located
 from mimetic.data.mixture import Mixture
-from mimetic.data.plan import BatchPlan
 from mimetic.engine.errors import MimeticError, SettingError
 
 FETCHERS = 4  # shards that a process fetches at a time

@@ -2,7 +2,7 @@
 
 The sequence of global batches is a function of seed, epoch and two constants (canonical streams, shuffle block), and of
 nothing else. Rank r of R takes rows [r*b, (r+1)*b) of each global batch of R*b samples. The order is `mimetic.data.order`'s, its
-cutting into batches `mimetic.data.plan`'s; here images are read.
+cutting into batches `mimetic.data.batches`'s; here images are read.
 """
 
 import hashlib
@@ -17,11 +17,11 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
+from mimetic.data.batches import BatchPlan
 from mimetic.data.decode import decode, silence_pillow
 from mimetic.data.index import Index
 from mimetic.data.mixture import Mixture
 from mimetic.data.order import CANONICAL_STREAMS, SHUFFLE_BLOCK
-from mimetic.data.plan import BatchPlan
 from mimetic.data.randomness import mix
 from mimetic.data.readahead import read_ahead
 from mimetic.engine.errors import CheckpointError, MimeticError, SettingError

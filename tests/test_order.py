@@ -7,8 +7,8 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from mimetic.data.batches import BatchPlan
 from mimetic.data.order import CYCLE, Chosen, InOrder, Mixed, Order, Shuffled, shares
-from mimetic.data.plan import BatchPlan
 from mimetic.data.randomness import mix
 
 sizes = st.lists(st.integers(0, 20) | st.just(1) | st.just(0), min_size=1, max_size=8).filter(any)
