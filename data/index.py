@@ -123,7 +123,7 @@ class Index:
         Raises:
             DataError: the shard is gone or shorter than the index says.
         """
-        row, shard = self.rows[sample], int(self.shard_of(np.int64(sample)))
+        row, shard = self.rows[sample], int(self.shard_of(np.array([sample]))[0])
         content = os.pread(_descriptor(self, shard), int(row["size"]), int(row["offset"]))
         if len(content) != row["size"]:
             place, key = located(self.home, self.shards[shard]["name"]), self.keys(np.array([sample]))[0]

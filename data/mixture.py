@@ -1,6 +1,7 @@
 """Several data sets as one, by weight."""
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -105,22 +106,27 @@ class Mixture:
 
     def keys(self, samples: NDArray[np.int64]) -> list[str]:
         """The keys of samples, as text."""
-        return [self.indexes[number].keys(np.array([sample]))[0] for number, sample in self._within(samples)]
+        keys = [""] * len(samples)
+        for index, here, within in self._by_set(samples):
+            for place, key in zip(here.tolist(), index.keys(within), strict=True):
+                keys[place] = key
+        return keys
 
     def read(self, sample: int) -> bytes:
         """As `Index.read`."""
-        ((number, within),) = self._within(np.array([sample]))
-        return self.indexes[number].read(within)
+        ((index, _, within),) = self._by_set(np.array([sample]))
+        return index.read(int(within[0]))
 
     def shards_of(self, samples: NDArray[np.int64]) -> list[tuple[Index, int]]:
-        """The shards that hold any of the samples, in the order in which they are first met."""
-        met = dict.fromkeys((number, int(self.indexes[number].shard_of(np.int64(within)))) for number, within in self._within(samples))
-        return [(self.indexes[number], shard) for number, shard in met]
+        """The shards that hold any of the samples."""
+        return [found for index, _, within in self._by_set(samples) for found in index.shards_of(within)]
 
-    def _within(self, samples: NDArray[np.int64]) -> list[tuple[int, int]]:
-        """The set of each sample and its number there."""
+    def _by_set(self, samples: NDArray[np.int64]) -> Iterator[tuple[Index, NDArray[np.int64], NDArray[np.int64]]]:
+        """The sets that hold any of the samples: the index, which of the samples, and their numbers there."""
         numbers = np.searchsorted(self.offsets, samples, "right") - 1
-        return list(zip(numbers.tolist(), (samples - self.offsets[numbers]).tolist(), strict=True))
+        for number in np.unique(numbers).tolist():
+            here = np.flatnonzero(numbers == number)
+            yield self.indexes[number], here, samples[here] - self.offsets[number]
 
     def _by_weight(self, values: list) -> NDArray[np.float64]:
         return np.average(np.array(values), axis=0, weights=self.weights)

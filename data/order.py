@@ -218,7 +218,8 @@ class Mixed:
             here = cycle_N == cycle
             sets, turns = self._cycle(cycle)
             set_N[here], turn_N[here] = sets[within_N[here]], turns[within_N[here]]
-        return set_N, turn_N + cycle_N * self.shares[set_N]
+        turn_N += cycle_N * self.shares[set_N]
+        return set_N, turn_N
 
     def _cycle(self, cycle: int) -> tuple[Places, Places]:
         if cycle not in self.cycles:

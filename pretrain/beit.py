@@ -59,10 +59,10 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     normalize = Normalize(tuple(views.mean or index.mean), tuple(views.std or index.std)).for_channels(index.channels)
     objective = MaskedImageModeling(backbone, tokenizer, head, normalize, accelerator.device)
     augmentation = Augmentation((views.crop_low, views.crop_high), views.shift, views.flip, views.jitter)
-    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers,
-             "canonical_streams": recipe.data.canonical_streams, "shuffle_block": recipe.data.shuffle_block}  # fmt: skip
+    shuffling = {"canonical_streams": recipe.data.canonical_streams, "shuffle_block": recipe.data.shuffle_block}
+    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
     training = PretrainViews(backbone.image_size[0], target_size, augmentation, masks)
-    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=training, **ranks)
+    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=training, **ranks, **shuffling)
 
     plain = PretrainViews(backbone.image_size[0], target_size, Augmentation((1.0, 1.0), flip=0.0), masks)
 
@@ -73,7 +73,8 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
 
     title = f"BEiT pretraining of {settings.name} ({sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters) without labels"
     train(objective, stream, invocation=invocation, kind="pretrain", accelerator=accelerator, title=title,
-          evaluation=evaluation if recipe.evaluate_on else None, shown=next(iter(ShardStream(held_out, 12, transform=plain))))  # fmt: skip
+          evaluation=evaluation if recipe.evaluate_on else None,
+          shown=next(ShardStream(held_out, 12, shuffle=False, transform=plain).run(1)))  # fmt: skip
     if accelerator.is_main_process:
         out = invocation.out / "backbone"
         save_backbone(backbone, out, mean=normalize.mean_C11.flatten().tolist(), std=normalize.std_C11.flatten().tolist())

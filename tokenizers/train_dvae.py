@@ -41,15 +41,15 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     if views.image_size % settings.stride:
         raise SettingError(f"views.image_size {views.image_size} is no multiple of dvae.stride {settings.stride}; use "
                            f"{max(1, views.image_size // settings.stride) * settings.stride}")  # fmt: skip
-    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers,
-             "canonical_streams": recipe.data.canonical_streams, "shuffle_block": recipe.data.shuffle_block}  # fmt: skip
+    shuffling = {"canonical_streams": recipe.data.canonical_streams, "shuffle_block": recipe.data.shuffle_block}
+    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
     augment = ClassifyViews(views.image_size, Augmentation((views.crop_low, 1.0), flip=views.flip))
-    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=augment, **ranks)
+    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=augment, **ranks, **shuffling)
     dvae = DVAE(settings.vocab_size, settings.stride, index.channels, settings.width, settings.code_width, settings.depth)
     dvae.to(accelerator.device)
     if newest(invocation.out / "checkpoints", tell=False) is None:  # the same images on every rank and world
-        first = ShardStream(index, min(settings.seed_images, len(index)), seed=recipe.seed, transform=augment)
-        dvae.seed_codebook(only_valid(next(iter(first))).to(accelerator.device).float() / 255, recipe.seed)
+        first = ShardStream(index, min(settings.seed_images, len(index)), seed=recipe.seed, transform=augment, **shuffling)
+        dvae.seed_codebook(only_valid(next(first.run(1))).to(accelerator.device).float() / 255, recipe.seed)
         same_on_all_ranks(dvae.state_dict().values())  # sums on a GPU differ in their last bits, and k-means amplifies that
     objective = DVAEObjective(
         dvae, settings.temperature, settings.final_temperature, settings.kl_weight, settings.restart_every
@@ -65,7 +65,8 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     size = sum(p.numel() for p in dvae.parameters()) / 1e6
     title = f"dVAE tokenizer of {settings.vocab_size} codes, stride {settings.stride} ({size:.1f} M parameters), without labels"
     train(objective, stream, invocation=invocation, kind="tokenizer", accelerator=accelerator, title=title,
-          evaluation=evaluation if recipe.evaluate_on else None, shown=next(iter(ShardStream(held_out, 16, transform=whole))))  # fmt: skip
+          evaluation=evaluation if recipe.evaluate_on else None,
+          shown=next(ShardStream(held_out, 16, shuffle=False, transform=whole).run(1)))  # fmt: skip
     if accelerator.is_main_process:
         save_tokenizer(dvae, invocation.out / "tokenizer")
         Run(invocation, "tokenizer").finish()
