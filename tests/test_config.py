@@ -207,7 +207,7 @@ def test_known_settings_and_flatten_speak_the_same_names():
     recipe = parsed().recipe
     names = {name for name in known_settings(Recipe) if not name.endswith(".*")}
     assert {"data.index", "train.steps", "optim.lr", "evaluation.labels.per_class", "seed"} <= names
-    assert names | {"evaluation.extras"} == set(flatten(recipe_dict(recipe)))
+    assert names | {"evaluation.extras", "data.mix"} == set(flatten(recipe_dict(recipe)))
 
 
 def test_equal_recipes_have_equal_hashes_in_every_process_and_others_differ():

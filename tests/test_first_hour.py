@@ -84,7 +84,7 @@ def one_line(code: int, err: str) -> str:
 
 @pytest.fixture(scope="module")
 def lands(world, tmp_path_factory) -> Path:
-    """More data: `empty`, `colour`, `unlabelled`, `two-classes`, `one-class`; the world's own `repacked` and with classes `renamed`."""
+    """More data: `empty`, `colour`, `unlabelled`, `two-classes`, `one-class`; the world's own in several ways."""
     folder = tmp_path_factory.mktemp("lands")
     (folder / "empty").mkdir()
     from mimetic.data.pack import pack
@@ -101,6 +101,13 @@ def lands(world, tmp_path_factory) -> Path:
     pack(folder_of(folder / "alone", {f"only/{i}.png": encoded(noise(i, 16, 16)) for i in range(24)}), folder / "one-class")
     files = {f"{'ab'[i % 2]}/{i}.png": encoded(noise(i, 16, 16, 3)) for i in range(24)}
     pack(folder_of(folder / "tree", files), folder / "colour")
+    commanding = [{**index["shards"][0], "name": "pipe:touch owned"}, *index["shards"][1:]]
+    for name, change in (("older", {"version": 1}), ("commanding", {"shards": commanding})):
+        shutil.copytree(world / "data", folder / name)
+        (folder / name / "index.json").write_text(json.dumps(index | change))
+    shutil.copytree(world / "data", folder / "changed")
+    with (folder / "changed/shard-00001.tar").open("ab") as shard:
+        shard.write(bytes(512))
     return folder
 
 
@@ -130,6 +137,15 @@ DISTILLED = {"backbone__name": "deit_tiny_distilled_patch16_224"}
 REFUSED = {  # name: (script, changed settings, what the line must say); {world} and the like are folders
     "data missing": ("beit", {"data__index": "{lands}/nowhere"}, r"nowhere: no index\.json there; make one with `mimetic pack SRC"),
     "data empty": ("beit", {"data__index": "{lands}/empty"}, r"empty: no index\.json there; make one with `mimetic pack"),
+    "no data": ("beit", {"data__index": "null"}, r"give data\.index, the shards to train on .*or several .* data\.mix"),
+    "data and a mix": ("beit", {"data__mix": {"x": 1.0}}, r"data\.index and data\.mix are both given; put the index into the mix"),
+    "a mix without an epoch": ("beit", {"data__index": "null", "data__mix": {"x": 1.0}}, r"mix has 1 sets, data\.epoch_samples is None"),
+    "a mix without weight": ("beit", {"data__index": "null", "data__mix": {"x": 0.0}, "data__epoch_samples": 9}, r"x the weight 0\.0"),
+    "labels of a mix": ("classify", {"data__index": "null", "data__mix": {"{data}": 1.0}, "data__epoch_samples": 99}, r"one data\.index"),
+    "no streams": ("beit", {"data__canonical_streams": 0}, r"data\.canonical_streams is 0; it must be 1 or more"),
+    "an index of another version": ("beit", {"data__index": "{lands}/older"}, r"json: index version 1, .* reads version 2; pack"),
+    "a shard that changed": ("beit", {"data__index": "{lands}/changed"}, r"00001\.tar: \d+ bytes, the index says \d+; .*index the tars"),
+    "an index with a command": ("beit", {"data__index": "{lands}/commanding"}, r"an index never runs a command"),
     "held-out data missing": ("beit", {"evaluate_on": "{lands}/nowhere"}, r"nowhere: no index\.json there"),
     "held-out data of other channels": ("beit", {"evaluate_on": "{lands}/colour"}, r"colour has 3 channels, .*data 1"),
     "more hidden than cells": ("beit", {"mask__count": 17}, r"mask\.count is 17, but the 4x4 grid has 16 cells; hide 1 to 16"),
@@ -210,6 +226,7 @@ def test_bad_settings_and_data_are_one_line_and_leave_nothing(case, entry, reque
         if f"{{{place}}}" in str(changes):
             places[place] = request.getfixturevalue(place)
     told = {key: value.format(**places) if isinstance(value, str) else value for key, value in changes.items()}
+    told |= {key: {name.format(**places): weight for name, weight in value.items()} for key, value in told.items() if key == "data__mix"}
     arguments = [word for word in ARGUMENTS[name](world, tmp_path / "run", **told) if word]
     line = entry.refused(name, *arguments)
     assert re.search(message, line), line
