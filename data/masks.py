@@ -94,23 +94,24 @@ class BlockMasks:
         cells = words_BPW[:, : self.grid[0], :, None] >> np.arange(WORD, dtype=np.uint16) & np.uint16(1)
         return cells.reshape(len(seeds_B), self.grid[0], -1)[..., : self.grid[1]].astype(bool)
 
-    def place(self, seeds_B: NDArray[np.uint64], bits_BN: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.int_], ...]]:
-        """Sets the bits of one block after another, and yields whose they are, (M,), their corners and sizes, (2, M)."""
+    def place(self, seeds_B: NDArray[np.uint64], bits_BN: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.int_], NDArray[np.int_]]]:
+        """Sets the bits of one block after another, and yields whose they are, (M,), and their heights and widths, (M, 2)."""
         streams_B, missing_B = mix(seeds_B, 1), np.full(len(seeds_B), self.count)
-        active, turn = np.arange(len(seeds_B)), 0
+        active, tries = np.arange(len(seeds_B)), np.arange(ATTEMPTS, dtype=np.uint64)
         while len(active):
-            draws_BT = mix(streams_B[active, None] + GOLDEN * np.arange(turn, turn + ATTEMPTS, dtype=np.uint64))
-            corner_2BT, size_2BT = self._rectangles(draws_BT, missing_B[active, None])
-            block_BTN = self._bits(corner_2BT, corner_2BT + size_2BT)
-            new_BT = np.bitwise_count(block_BTN & ~bits_BN[active, None]).sum(2, dtype=np.int64)
-            fits_BT = (size_2BT < self._sides_211).all(0)
-            accept_BT = fits_BT & (new_BT > 0) & (new_BT <= missing_B[active, None])
-            taken, first = np.nonzero(accept_BT & (accept_BT.cumsum(1) == 1))
-            active, turn = active[taken], turn + ATTEMPTS
-            bits_BN[active] |= block_BTN[taken, first]
-            missing_B[active] -= new_BT[taken, first]
-            yield active, corner_2BT[:, taken, first], size_2BT[:, taken, first]
+            missing_A1 = missing_B[active, None]
+            corner_2AT, size_2AT = self._rectangles(mix(streams_B[active, None] + GOLDEN * tries), missing_A1)
+            block_ATN = self._bits(corner_2AT, corner_2AT + size_2AT)
+            new_AT = np.bitwise_count(block_ATN & ~bits_BN[active, None]).sum(2, dtype=np.int64)
+            fits_AT = (size_2AT[0] < self.grid[0]) & (size_2AT[1] < self.grid[1])
+            accept_AT = fits_AT & (new_AT > 0) & (new_AT <= missing_A1)
+            taken = np.nonzero(accept_AT & (accept_AT.cumsum(1) == 1))  # the first of each row
+            active = active[taken[0]]
+            bits_BN[active] |= block_ATN[taken]
+            missing_B[active] -= new_AT[taken]
+            yield active, size_2AT.transpose(1, 2, 0)[taken]
             active = active[missing_B[active] > 0]
+            tries += np.uint64(ATTEMPTS)
 
     def _rectangles(self, draws_BT: NDArray[np.uint64], missing_B1: NDArray[np.int_]) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
         """Corners (top, left) and sizes (height, width) of candidates (2, B, T), each from four times 16 bits of its draw."""

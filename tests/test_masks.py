@@ -55,8 +55,8 @@ def placed(grid, count, min_block) -> list[list[tuple[int, int]]]:
     """The sizes of the blocks of each of our masks, in their order."""
     masks, sizes = BlockMasks(grid, count, min_block), [[] for _ in SEEDS]
     bits = np.zeros((len(SEEDS), -(-grid[0] // 4) * -(-grid[1] // 16)), dtype=np.uint64)
-    for images, _, size in masks.place(SEEDS, bits):
-        for image, *block in zip(images, *size.tolist(), strict=True):
+    for images, blocks in masks.place(SEEDS, bits):
+        for image, block in zip(images, blocks.tolist(), strict=True):
             sizes[image].append(tuple(block))
     return sizes
 
