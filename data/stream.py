@@ -7,7 +7,7 @@ nothing else. Rank r of R takes rows [r*b, (r+1)*b) of each global batch of R*b 
 import hashlib
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
-from mimetic.data.decode import decode, silence_pillow
+from mimetic.data.decode import Picture, silence_pillow
 from mimetic.data.index import Index
 from mimetic.data.randomness import mix
 from mimetic.engine.errors import CheckpointError, DataError, SettingError
@@ -30,8 +30,8 @@ Batch = dict[str, Any]
 class Transform(Protocol):
     """Images and their seeds to the tensors of a batch; it runs in the workers."""
 
-    def __call__(self, images: list[torch.Tensor], seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
-        """Args are uint8 (C, H, W) pictures of any size and one seed each; every tensor returned is B long."""
+    def __call__(self, images: Sequence[Picture], seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
+        """Args are pictures of any size and one seed each; every tensor returned is B long."""
 
 
 def epoch_order(shard_sizes: NDArray[np.int64], seed: int, epoch: int, *, streams: int = CANONICAL_STREAMS,
@@ -178,23 +178,20 @@ class _Batches(Dataset[Batch | DataError]):
         order = self.fixed if self.order is None else self.order(epoch)
         place = np.arange(number * self.global_batch, (number + 1) * self.global_batch)[self.rows]
         samples, valid = order[place % len(order)], place < len(order)
-        images, bad = self._images(samples, valid)
-        tensors = self.transform(images, mix(self.seed, epoch, samples)) if self.transform else {"image": _stacked(images)}
+        pictures = [Picture(self.index.read(sample), self.index.channels) for sample in samples]
+        tensors = (self.transform(pictures, mix(self.seed, epoch, samples)) if self.transform
+                   else {"image": _stacked([picture.pixels() for picture in pictures])})  # fmt: skip
+        bad = self._bad(pictures, samples, valid)  # after the transform: it is there that pixels are read
         rows = self.index.rows[samples]
         return {"keys": [key.decode() for key in rows["key"]], "bad": bad, "sample": torch.from_numpy(samples),
                 "valid": torch.from_numpy(valid), "label": torch.from_numpy(rows["label"].astype(np.int64))} | tensors  # fmt: skip
 
-    def _images(self, samples: NDArray[np.int64], valid: NDArray[np.bool_]) -> tuple[list[torch.Tensor], list[str]]:
-        images, bad = [], []
-        for place, sample in enumerate(samples):
-            try:
-                images.append(decode(self.index.read(sample), self.index.channels))
-            except ValueError:  # the sample keeps its place in the order and counts for nothing
-                images.append(torch.zeros(self.index.channels, 8, 8, dtype=torch.uint8))
-                if valid[place]:
-                    bad.append(self.index.rows["key"][sample].decode())
-                valid[place] = False
-        return images, bad
+    def _bad(self, pictures: list[Picture], samples: NDArray[np.int64], valid: NDArray[np.bool_]) -> list[str]:
+        """Those that did not decode keep their place in the order and count for nothing."""
+        failed = np.array([picture.failed for picture in pictures])
+        bad = [self.index.rows["key"][sample].decode() for sample in samples[failed & valid]]
+        valid[failed] = False
+        return bad
 
 
 def _checked(subset: NDArray[np.int64], samples: int) -> NDArray[np.int64]:
