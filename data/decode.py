@@ -1,13 +1,19 @@
-"""Bytes to pixels."""
+"""Bytes to pixels.
+
+Plain JPEGs are read by libjpeg-turbo itself (`mimetic.data.jpeg`), arrays by numpy, everything else by Pillow.
+"""
 
 import io
 import warnings
+from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
+
+from mimetic.data.jpeg import Box, Jpeg
 
 NPY_MAGIC = b"\x93NUMPY"
 MODES = {1: "L", 3: "RGB"}
@@ -22,11 +28,63 @@ def decode(content: bytes, channels: int) -> torch.Tensor:
     Raises:
         ValueError: the bytes are no picture, or not of this many channels.
     """
-    is_array = content.startswith(NPY_MAGIC)
-    array = open_array(content) if is_array else _eight_bits(open_picture(content), MODES.get(channels, "RGB"))
-    if array.shape[-1] != channels:
-        raise ValueError(f"{array.shape[-1]} channels, where {channels} are wanted")
+    jpeg = Jpeg.of(content, channels)
+    array = _array(content, channels) if jpeg is None else _jpeg_crop(jpeg, channels, (0, 0, *jpeg.size))
     return torch.from_numpy(np.array(array.transpose(2, 0, 1), order="C"))  # a copy: Pillow's memory is read-only
+
+
+class Picture:
+    """An encoded picture: its size at once, its pixels when a box of it is asked for.
+
+    A JPEG stays encoded until then, so that no more of it is decoded than a view needs. What cannot be read is black and
+    8x8 pixels large, so that a batch keeps its shape; whoever made the picture looks at `failed` afterwards.
+
+    Args:
+        content: as `decode` takes it.
+        channels: C.
+
+    Attributes:
+        shape: (C, H, W), upright.
+        failed: the bytes are no picture, or not of this many channels. Final once pixels were asked for.
+    """
+
+    def __init__(self, content: bytes, channels: int) -> None:
+        self._jpeg, self._channels, self.failed = Jpeg.of(content, channels), channels, False
+        if self._jpeg is None:
+            self._pixels = self._or_black(lambda: _channels_first(np.array(_array(content, channels))))
+        self.shape = (channels, *(self._jpeg.size if self._jpeg else self._pixels.shape[1:]))
+
+    def crop(self, box: Box, smallest: int | None = None) -> torch.Tensor:
+        """uint8 (C, h, w): what lies in a box, smaller where it is a JPEG's and has more than `smallest` pixels a side.
+
+        Args as in `Jpeg.crop`.
+        """
+        jpeg = self._jpeg
+        if jpeg is None:
+            return cut(self._pixels, box)
+        return self._or_black(lambda: _channels_first(_jpeg_crop(jpeg, self._channels, box, smallest)))
+
+    def pixels(self) -> torch.Tensor:
+        """uint8 (C, H, W): all of it."""
+        return self.crop((0, 0, *self.shape[1:])).contiguous()
+
+    def _or_black(self, read: Callable[[], torch.Tensor]) -> torch.Tensor:
+        try:
+            return read()
+        except ValueError:
+            self.failed = True
+            return torch.zeros(self._channels, 8, 8, dtype=torch.uint8)
+
+
+def _channels_first(array_HWC: NDArray[np.uint8]) -> torch.Tensor:
+    """(C, H, W), in memory as it was: what resizes fastest."""
+    return torch.from_numpy(array_HWC).permute(2, 0, 1)
+
+
+def cut(image_CHW: torch.Tensor, box: Box) -> torch.Tensor:
+    """What lies in a box."""
+    top, left, height, width = box
+    return image_CHW[..., top : top + height, left : left + width]
 
 
 def open_picture(content: bytes) -> Image.Image:
@@ -78,6 +136,23 @@ def channels_of(file: BinaryIO) -> int:
         return {"L": 1, "RGB": 3}[Image.getmodebase(Image.open(file).mode)]
     except Exception:  # as above; `decode` will say what is wrong
         return 0
+
+
+def _jpeg_crop(jpeg: Jpeg, channels: int, box: Box, smallest: int | None = None) -> NDArray[np.uint8]:
+    try:
+        return jpeg.crop(box, smallest)
+    except ValueError:  # libjpeg was told to stop at the least doubt
+        top, left, height, width = box
+        return np.array(_array(jpeg.content, channels)[top : top + height, left : left + width])
+
+
+def _array(content: bytes, channels: int) -> NDArray[np.uint8]:
+    """(H, W, C) by numpy or Pillow, upright."""
+    is_array = content.startswith(NPY_MAGIC)
+    array = open_array(content) if is_array else _eight_bits(open_picture(content), MODES.get(channels, "RGB"))
+    if array.shape[-1] != channels:
+        raise ValueError(f"{array.shape[-1]} channels, where {channels} are wanted")
+    return array
 
 
 def _eight_bits(picture: Image.Image, mode: str) -> NDArray[np.uint8]:

@@ -4,16 +4,19 @@ Legend: B batch, P Q token grid, K hidden cells per image. True = hidden.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from mimetic.data.randomness import uniform
+from mimetic.data.randomness import GOLDEN, mix
 from mimetic.engine.errors import SettingError
 
 ATTEMPTS = 10  # tries to place one block, as in BEiT's masking_generator.py
+WORD = 16  # columns held by one word of bits
+LAST = np.uint64(2**64 - 1)
 
 
 class MaskGenerator(Protocol):
@@ -51,7 +54,10 @@ class BlockMasks:
 
     The published algorithm stops when ten tries in a row add nothing, below its target in a third of the draws at 14x14 and
     far below it on small grids; the missing cells are then drawn evenly, so that every image has the same K and no mask is
-    ever empty. Array code over the whole batch: each iteration is one try for every image that still needs cells.
+    ever empty.
+
+    Array code over the whole batch. A try that fails changes nothing, so the ten tries of a block are made at once and the
+    first that succeeds is taken: one round per block. A row of the grid is held as the bits of a few words.
 
     Args:
         grid: (P, Q) cells.
@@ -70,6 +76,9 @@ class BlockMasks:
         if not 0 < aspect <= 1:
             raise SettingError(f"mask.aspect is {aspect}; it is the lowest aspect ratio, in (0, 1]")
         self.grid, self.count, self.min_block, self.aspect = grid, count, min_block, aspect
+        self._rows, self._columns = _row_bits(grid[0]), _column_bits(grid[1])
+        self._sides_211 = np.array(grid).reshape(2, 1, 1)
+        self._log_aspect_211 = np.array([-1, 1]).reshape(2, 1, 1) * math.log(aspect)
 
     def sample(self, seeds_B: NDArray[np.uint64]) -> torch.Tensor:
         """`hidden_BPQ`, bool: each image's mask is a pure function of its own seed."""
@@ -77,32 +86,49 @@ class BlockMasks:
 
     def blocks(self, seeds_B: NDArray[np.uint64]) -> NDArray[np.bool_]:
         """The published algorithm alone: at most K hidden cells each."""
-        rows, columns = self.grid
-        hidden_BPQ = np.zeros((len(seeds_B), rows, columns), dtype=bool)
-        failures_B = np.zeros(len(seeds_B), dtype=int)
-        y, x = np.arange(rows)[None, :, None], np.arange(columns)[None, None, :]
-        turn = 0
-        while (active_B := (failures_B < ATTEMPTS) & (hidden_BPQ.sum((1, 2)) < self.count)).any():
-            top, left, height, width = self._rectangles(seeds_B, turn, self.count - hidden_BPQ.sum((1, 2)))
-            inside_BPQ = (y >= top) & (y < top + height) & (x >= left) & (x < left + width)
-            new_B = (inside_BPQ & ~hidden_BPQ).sum((1, 2))
-            fits_B = (height < rows)[:, 0, 0] & (width < columns)[:, 0, 0]
-            accept_B = active_B & fits_B & (new_B > 0) & (new_B <= self.count - hidden_BPQ.sum((1, 2)))
-            hidden_BPQ |= inside_BPQ & accept_B[:, None, None]
-            failures_B = np.where(accept_B, 0, failures_B + 1)
-            turn += 1
-        return hidden_BPQ
+        shape_BPW = len(seeds_B), self._rows.shape[1], self._columns.shape[1]
+        bits_BN = np.zeros((len(seeds_B), shape_BPW[1] * shape_BPW[2] // 4), dtype=np.uint64)
+        for _ in self.place(seeds_B, bits_BN):
+            pass
+        words_BPW = bits_BN.view(np.uint16).reshape(shape_BPW)
+        cells = words_BPW[:, : self.grid[0], :, None] >> np.arange(WORD, dtype=np.uint16) & np.uint16(1)
+        return cells.reshape(len(seeds_B), self.grid[0], -1)[..., : self.grid[1]].astype(bool)
 
-    def _rectangles(self, seeds_B: NDArray[np.uint64], turn: int, remaining_B: NDArray[np.int_]) -> tuple[NDArray, ...]:
-        """Top, left, height and width of one candidate per image, each of shape (B, 1, 1)."""
-        area_u, aspect_u, top_u, left_u = uniform(seeds_B, 1, turn, np.arange(4)[:, None])
-        area_B = self.min_block + area_u * (remaining_B - self.min_block)  # below min_block when fewer remain, as published
-        aspect_B = np.exp((2 * aspect_u - 1) * -math.log(self.aspect))
-        height_B, width_B = np.round(np.sqrt(area_B * aspect_B)), np.round(np.sqrt(area_B / aspect_B))
-        # randint(0, side - block), both ends included, as published
-        top_B = np.floor(top_u * (self.grid[0] - height_B + 1))
-        left_B = np.floor(left_u * (self.grid[1] - width_B + 1))
-        return tuple(value[:, None, None] for value in (top_B, left_B, height_B, width_B))
+    def place(self, seeds_B: NDArray[np.uint64], bits_BN: NDArray[np.uint64]) -> Iterator[tuple[NDArray[np.int_], NDArray[np.int_]]]:
+        """Sets the bits of one block after another, and yields whose they are, (M,), and their heights and widths, (M, 2)."""
+        streams_B, missing_B = mix(seeds_B, 1), np.full(len(seeds_B), self.count)
+        active, tries = np.arange(len(seeds_B)), np.arange(ATTEMPTS, dtype=np.uint64)
+        while len(active):
+            missing_A1 = missing_B[active, None]
+            corner_2AT, size_2AT = self._rectangles(mix(streams_B[active, None] + GOLDEN * tries), missing_A1)
+            block_ATN = self._bits(corner_2AT, corner_2AT + size_2AT)
+            new_AT = np.bitwise_count(block_ATN & ~bits_BN[active, None]).sum(2, dtype=np.int64)
+            fits_AT = (size_2AT[0] < self.grid[0]) & (size_2AT[1] < self.grid[1])
+            accept_AT = fits_AT & (new_AT > 0) & (new_AT <= missing_A1)
+            taken = np.nonzero(accept_AT & (accept_AT.cumsum(1) == 1))  # the first of each row
+            active = active[taken[0]]
+            bits_BN[active] |= block_ATN[taken]
+            missing_B[active] -= new_AT[taken]
+            yield active, size_2AT.transpose(1, 2, 0)[taken]
+            active = active[missing_B[active] > 0]
+            tries += np.uint64(ATTEMPTS)
+
+    def _rectangles(self, draws_BT: NDArray[np.uint64], missing_B1: NDArray[np.int_]) -> tuple[NDArray[np.int_], NDArray[np.int_]]:
+        """Corners (top, left) and sizes (height, width) of candidates (2, B, T), each from four times 16 bits of its draw."""
+        draws_4BT = draws_BT.view(np.uint16).reshape(*draws_BT.shape, 4).transpose(2, 0, 1) * 2.0**-16
+        area_BT = self.min_block + draws_4BT[0] * (missing_B1 - self.min_block)  # below min_block when fewer remain, as published
+        # the aspect ratio is log-even in [aspect, 1 / aspect]; height has its root as a factor, width as a divisor
+        size_2BT = np.rint(np.sqrt(area_BT) * np.exp((draws_4BT[1] - 0.5) * self._log_aspect_211))
+        # randint(0, side - block), both ends included, as published; a block without that room will be refused
+        corner_2BT = draws_4BT[2:] * (self._sides_211 - size_2BT + 1)
+        return corner_2BT.astype(np.int64), size_2BT.astype(np.int64)
+
+    def _bits(self, corner_2BT: NDArray[np.int_], end_2BT: NDArray[np.int_]) -> NDArray[np.uint64]:
+        """(B, T, N) words that hold the cells of a block each, row by row."""
+        rows_BTP = self._rows.take(corner_2BT[0], 0, mode="clip") ^ self._rows.take(end_2BT[0], 0, mode="clip")
+        columns_BTW = self._columns.take(corner_2BT[1], 0, mode="clip") ^ self._columns.take(end_2BT[1], 0, mode="clip")
+        block_BTPW = rows_BTP[..., None] & columns_BTW[:, :, None]
+        return block_BTPW.reshape(*block_BTPW.shape[:2], -1).view(np.uint64)
 
 
 class UnitMasks:
@@ -158,10 +184,28 @@ def _check_count(grid: tuple[int, int], count: int) -> None:
         raise SettingError(f"mask.count is {count}, but the {grid[0]}x{grid[1]} grid has {cells} cells; hide 1 to {cells}")
 
 
+def _row_bits(rows: int) -> NDArray[np.uint16]:
+    """(rows + 1, P): all bits of the rows above each; P is a multiple of 4, so that words of 64 bits can be looked at."""
+    above = np.arange(-(-rows // 4) * 4) < np.arange(rows + 1)[:, None]
+    return np.where(above, 2**WORD - 1, 0).astype(np.uint16)
+
+
+def _column_bits(columns: int) -> NDArray[np.uint16]:
+    """(columns + 1, W): one bit for every column left of each."""
+    left = np.arange(columns + 1)[:, None] - WORD * np.arange(-(-columns // WORD))
+    return (2 ** left.clip(0, WORD) - 1).astype(np.uint16)
+
+
 def _filled(hidden_BPQ: NDArray[np.bool_], count: int, seeds_B: NDArray[np.uint64]) -> NDArray[np.bool_]:
     """Hides more cells, drawn evenly among the visible ones, until each image has `count`."""
-    missing_B = count - hidden_BPQ.sum((1, 2))
-    priority_BN = uniform(seeds_B[:, None], 2, np.arange(hidden_BPQ[0].size)[None])
-    priority_BN[hidden_BPQ.reshape(len(seeds_B), -1)] = 2.0  # hidden already: last in line
-    rank_BN = priority_BN.argsort(1).argsort(1)
-    return hidden_BPQ | (rank_BN < missing_B[:, None]).reshape(hidden_BPQ.shape)
+    hidden_BN = hidden_BPQ.reshape(len(seeds_B), -1).copy()
+    missing_B = count - hidden_BN.sum(1)
+    short = np.flatnonzero(missing_B)
+    if len(short):
+        cells = np.arange(hidden_BN.shape[1], dtype=np.uint64)
+        priority_BN = mix(mix(seeds_B[short], 2)[:, None] + GOLDEN * cells)
+        priority_BN[hidden_BN[short]] = LAST  # hidden already
+        order_BN = priority_BN.argsort(1)[:, : missing_B.max()]
+        chosen, place = np.nonzero(np.arange(order_BN.shape[1]) < missing_B[short, None])
+        hidden_BN[short[chosen], order_BN[chosen, place]] = True
+    return hidden_BN.reshape(hidden_BPQ.shape)

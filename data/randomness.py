@@ -7,15 +7,15 @@ worker meets it, in whichever batch. The hash is splitmix64's finalizer (Steele,
 import numpy as np
 from numpy.typing import NDArray
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # mix(seed + i * GOLDEN) is the i-th number of splitmix64 begun at `seed`
 
 
 def mix(*words: int | NDArray[np.integer]) -> NDArray[np.uint64]:
     """Hashes integers, element by element where they are arrays (they broadcast), to 64 well-stirred bits."""
-    state = np.zeros(np.broadcast_shapes(*(np.shape(word) for word in words)), dtype=np.uint64)
+    state = np.zeros((), dtype=np.uint64)
     with np.errstate(over="ignore"):
         for word in words:
-            state = state + _GOLDEN + np.asarray(word).astype(np.uint64)
+            state = state + GOLDEN + np.asarray(word).astype(np.uint64)
             state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
             state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
             state = state ^ (state >> np.uint64(31))

@@ -8,7 +8,7 @@ cutting into batches `mimetic.data.batches`'s; here images are read.
 import hashlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from mimetic.data.batches import BatchPlan
-from mimetic.data.decode import decode, silence_pillow
+from mimetic.data.decode import Picture, silence_pillow
 from mimetic.data.index import Index
 from mimetic.data.mixture import Mixture
 from mimetic.data.order import CANONICAL_STREAMS, SHUFFLE_BLOCK
@@ -32,8 +32,8 @@ Batch = dict[str, Any]
 class Transform(Protocol):
     """Images and their seeds to the tensors of a batch; it runs in the workers."""
 
-    def __call__(self, images: list[torch.Tensor], seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
-        """Args are uint8 (C, H, W) pictures of any size and one seed each; every tensor returned is B long."""
+    def __call__(self, images: Sequence[Picture], seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
+        """Args are pictures of any size and one seed each; every tensor returned is B long."""
 
 
 class ShardStream:
@@ -146,22 +146,19 @@ class _Batches(Dataset[Batch | MimeticError]):
 
     def _batch(self, step: int) -> Batch:
         samples, epochs, valid = self.plan.batch(step)
-        images, bad = self._images(samples, valid)
-        tensors = self.transform(images, mix(self.seed, epochs, samples)) if self.transform else {"image": _stacked(images)}
+        pictures = [Picture(self.source.read(int(sample)), self.source.channels) for sample in samples]
+        tensors = (self.transform(pictures, mix(self.seed, epochs, samples)) if self.transform
+                   else {"image": _stacked([picture.pixels() for picture in pictures])})  # fmt: skip
+        bad = self._bad(pictures, samples, valid)  # after the transform: it is there that pixels are read
         return {"keys": self.source.keys(samples), "bad": bad, "sample": torch.from_numpy(samples), "valid": torch.from_numpy(valid),
                 "label": torch.from_numpy(self.source.labels(samples))} | tensors  # fmt: skip
 
-    def _images(self, samples: NDArray[np.int64], valid: NDArray[np.bool_]) -> tuple[list[torch.Tensor], list[str]]:
-        images, bad = [], []
-        for place, sample in enumerate(samples):
-            try:
-                images.append(decode(self.source.read(sample), self.source.channels))
-            except ValueError:  # the sample keeps its place in the order and counts for nothing
-                images.append(torch.zeros(self.source.channels, 8, 8, dtype=torch.uint8))
-                if valid[place]:
-                    bad.extend(self.source.keys(samples[place : place + 1]))
-                valid[place] = False
-        return images, bad
+    def _bad(self, pictures: list[Picture], samples: NDArray[np.int64], valid: NDArray[np.bool_]) -> list[str]:
+        """Those that did not decode keep their place in the order and count for nothing."""
+        failed = np.array([picture.failed for picture in pictures])
+        bad = self.source.keys(samples[failed & valid])
+        valid[failed] = False
+        return bad
 
 
 def _checked(subset: NDArray[np.int64], samples: int) -> NDArray[np.int64]:

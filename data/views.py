@@ -5,6 +5,7 @@ All randomness is drawn from each sample's own seed, as arrays over the batch. P
 Legend: B batch, C channels, H W pixels, P Q token grid. A box is (top, left, height, width) in pixels.
 """
 
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,12 +15,17 @@ from torch import nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
+from mimetic.data.decode import Picture, cut
+from mimetic.data.jitter import jittered
+from mimetic.data.jpeg import Box
 from mimetic.data.masks import MaskGenerator
 from mimetic.data.randomness import mix, uniform
 from mimetic.engine.errors import SettingError
 
 CROP, FLIP, JITTER, SHIFT, MASK = range(5)  # what a draw is for: each has its own stream of numbers
 ATTEMPTS = 10
+
+Images = Sequence[Picture] | Sequence[torch.Tensor]  # uint8 (C, H, W) where they are tensors
 
 
 def random_boxes(seeds_B: NDArray[np.uint64], sizes_B2: NDArray[np.int64], scale: tuple[float, float],
@@ -55,8 +61,8 @@ class Augmentation:
         scale: share of the area that a random crop keeps, (low, high); (1, 1) takes the largest box.
         shift: pixels by which the picture may move in each direction, over black.
         flip: probability of a horizontal flip.
-        jitter: strength of brightness, contrast and saturation jitter (BEiT: 0.4). It is computed on the crop, where BEiT's
-            code jitters the whole picture first; only contrast, which centres on a mean, notices.
+        jitter: strength of brightness, contrast and saturation jitter (BEiT: 0.4), at most 1. It is computed on the crop, where
+            BEiT's code jitters the whole picture first; only contrast, which centres on a mean, notices.
     """
 
     scale: tuple[float, float] = (0.08, 1.0)
@@ -64,35 +70,26 @@ class Augmentation:
     flip: float = 0.5
     jitter: float = 0.0
 
-    def __call__(self, images: list[torch.Tensor], seeds_B: NDArray[np.uint64]) -> list[torch.Tensor]:
-        """Crops of different sizes, uint8."""
+    def __call__(self, images: Images, seeds_B: NDArray[np.uint64], smallest: int | None = None) -> Iterator[torch.Tensor]:
+        """Crops of different sizes, uint8 (C, h, w). Boxes are drawn in the picture's own pixels and read as `Picture.crop` does.
+
+        One after the other, so that a crop is still in the processor's cache when it is resized.
+        """
         if self.shift:
             images = self._shifted(images, seeds_B)
-        boxes = random_boxes(seeds_B, np.array([image.shape[-2:] for image in images]), self.scale)
-        flips = uniform(seeds_B, FLIP) < self.flip
-        crops = [image[:, top : top + h, left : left + w] for image, (top, left, h, w) in zip(images, boxes.tolist(), strict=True)]
-        crops = [crop.flip(-1) if flip else crop for crop, flip in zip(crops, flips, strict=True)]
-        return self._jittered(crops, seeds_B) if self.jitter else crops
+        boxes_B4 = random_boxes(seeds_B, np.array([image.shape[-2:] for image in images]), self.scale)
+        flips_B = uniform(seeds_B, FLIP) < self.flip
+        factors_B3 = 1 + self.jitter * (2 * uniform(seeds_B[:, None], JITTER, 0, np.arange(3)) - 1)
+        orders_B3 = uniform(seeds_B[:, None], JITTER, 1, np.arange(3)).argsort(1)
+        for image, box, flip, factors, order in zip(images, boxes_B4.tolist(), flips_B, factors_B3, orders_B3, strict=True):
+            crop = cropped(image, box, smallest)
+            crop = jittered(crop, factors, order) if self.jitter else crop
+            yield _flipped(crop) if flip else crop
 
-    def _shifted(self, images: list[torch.Tensor], seeds_B: NDArray[np.uint64]) -> list[torch.Tensor]:
+    def _shifted(self, images: Images, seeds_B: NDArray[np.uint64]) -> list[torch.Tensor]:
         moves = np.floor(uniform(seeds_B[:, None], SHIFT, np.arange(2)) * (2 * self.shift + 1)).astype(int).tolist()
-        padded = [TF.pad(image, [self.shift]) for image in images]
-        return [
-            wide[:, y : y + image.shape[1], x : x + image.shape[2]]
-            for wide, image, (y, x) in zip(padded, images, moves, strict=True)
-        ]
-
-    def _jittered(self, crops: list[torch.Tensor], seeds_B: NDArray[np.uint64]) -> list[torch.Tensor]:
-        adjust = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)
-        factors = 1 + self.jitter * (2 * uniform(seeds_B[:, None], JITTER, 0, np.arange(3)) - 1)
-        orders = uniform(seeds_B[:, None], JITTER, 1, np.arange(3)).argsort(1)
-        jittered = []
-        for crop, factor, order in zip(crops, factors, orders, strict=True):
-            for i in order:
-                if i < 2 or len(crop) == 3:  # saturation is a matter of three channels
-                    crop = adjust[i](crop, float(factor[i])) if len(crop) in (1, 3) else crop
-            jittered.append(crop)
-        return jittered
+        padded = [TF.pad(image.pixels() if isinstance(image, Picture) else image, [self.shift]) for image in images]
+        return [cut(wide, (y, x, *image.shape[-2:])) for wide, image, (y, x) in zip(padded, images, moves, strict=True)]
 
 
 class PretrainViews:
@@ -104,13 +101,12 @@ class PretrainViews:
     def __init__(self, image_size: int, target_size: int, augmentation: Augmentation, masks: MaskGenerator | None) -> None:
         self.image_size, self.target_size, self.augmentation, self.masks = image_size, target_size, augmentation, masks
 
-    def __call__(self, images: list[torch.Tensor], seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
+    def __call__(self, images: Images, seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
         """Args as in `mimetic.data.stream.Transform`."""
-        crops = self.augmentation(images, seeds_B)
-        batch = {
-            "image": resized(crops, self.image_size, InterpolationMode.BICUBIC),
-            "target": resized(crops, self.target_size, InterpolationMode.LANCZOS),
-        }
+        crops = self.augmentation(images, seeds_B, max(self.image_size, self.target_size))
+        image_BCHW, target_BCHW = resized(crops, len(images), (self.image_size, InterpolationMode.BICUBIC),
+                                          (self.target_size, InterpolationMode.LANCZOS))  # fmt: skip
+        batch = {"image": image_BCHW, "target": target_BCHW}
         return batch if self.masks is None else batch | {"hidden": self.masks.sample(mix(seeds_B, MASK))}
 
 
@@ -120,23 +116,41 @@ class ClassifyViews:
     def __init__(self, image_size: int, augmentation: Augmentation | None) -> None:
         self.image_size, self.augmentation = image_size, augmentation
 
-    def __call__(self, images: list[torch.Tensor], seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
+    def __call__(self, images: Images, seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
         """Args as in `mimetic.data.stream.Transform`."""
-        crops = [_centre(image) for image in images] if self.augmentation is None else self.augmentation(images, seeds_B)
-        return {"image": resized(crops, self.image_size, InterpolationMode.BICUBIC)}
+        if self.augmentation is None:
+            crops = (cropped(image, _centre(*image.shape[-2:]), self.image_size) for image in images)
+        else:
+            crops = self.augmentation(images, seeds_B, self.image_size)
+        (image_BCHW,) = resized(crops, len(images), (self.image_size, InterpolationMode.BICUBIC))
+        return {"image": image_BCHW}
 
 
-def resized(crops: list[torch.Tensor], size: int, interpolation: InterpolationMode) -> torch.Tensor:
-    """uint8 (B, C, size, size), antialiased."""
-    return torch.stack([
-        crop if crop.shape[-2:] == (size, size) else TF.resize(crop, [size, size], interpolation, antialias=True)
-        for crop in crops
-    ])  # fmt: skip
+def cropped(image: Picture | torch.Tensor, box: Box, smallest: int | None) -> torch.Tensor:
+    """uint8 (C, h, w): of a picture as `Picture.crop` has it; of pixels, all that lie in the box."""
+    return image.crop(box, smallest) if isinstance(image, Picture) else cut(image, box)
 
 
-def _centre(image: torch.Tensor) -> torch.Tensor:
-    side = min(image.shape[-2:])
-    return TF.center_crop(image, [side, side])
+def resized(crops: Iterable[torch.Tensor], count: int, *views: tuple[int, InterpolationMode]) -> list[torch.Tensor]:
+    """uint8 (B, C, size, size) for each (size, interpolation), antialiased."""
+    batches: list[torch.Tensor] = []
+    for place, crop in enumerate(crops):
+        batches = batches or [torch.empty(count, len(crop), size, size, dtype=torch.uint8) for size, _ in views]
+        for batch_BCHW, (size, interpolation) in zip(batches, views, strict=True):
+            fits = crop.shape[-2:] == (size, size)
+            batch_BCHW[place] = crop if fits else TF.resize_image(crop, [size, size], interpolation, antialias=True)
+    return batches
+
+
+def _flipped(image_CHW: torch.Tensor) -> torch.Tensor:
+    """Rows of whole pixels turned round: three times as fast as in each channel, where they lie in memory as pixels."""
+    return image_CHW.permute(1, 2, 0).flip(1).permute(2, 0, 1)
+
+
+def _centre(height: int, width: int) -> Box:
+    """The largest square, where torchvision's `center_crop` puts it."""
+    side = min(height, width)
+    return round((height - side) / 2), round((width - side) / 2), side, side
 
 
 class Normalize(nn.Module):

@@ -2,6 +2,8 @@
 
 import math
 import random
+from collections import Counter
+from functools import cache
 
 import numpy as np
 import pytest
@@ -15,15 +17,16 @@ from mimetic.data.randomness import mix, uniform
 from mimetic.engine.errors import SettingError
 
 SEEDS = mix(7, np.arange(3000))
-GRIDS = [((14, 14), 75, 16), ((7, 7), 20, 4), ((8, 12), 40, 6), ((3, 10), 14, 4)]
+GRIDS = [((14, 14), 75, 16), ((7, 7), 20, 4), ((8, 12), 40, 6), ((3, 10), 14, 4), ((10, 40), 150, 16)]
 every_grid = pytest.mark.parametrize(("grid", "count", "min_block"), GRIDS, ids=str)
 steady = settings(deadline=None, derandomize=True, max_examples=150)
 
 
-def published_mask(generator: random.Random, grid: tuple[int, int], count: int, min_block: int, aspect: float = 0.3) -> np.ndarray:
-    """Algorithm 1 of 2106.08254 as its authors wrote it: blocks one by one, ten tries for each."""
+def published_mask(generator: random.Random, grid: tuple[int, int], count: int, min_block: int,
+                   aspect: float = 0.3) -> tuple[np.ndarray, list[tuple[int, int]]]:  # fmt: skip
+    """Algorithm 1 of 2106.08254 as its authors wrote it: blocks one by one, ten tries for each; and the blocks' sizes."""
     rows, columns = grid
-    mask = np.zeros(grid, dtype=bool)
+    mask, sizes = np.zeros(grid, dtype=bool), []
     low, high = math.log(aspect), math.log(1 / aspect)
     while (hidden := int(mask.sum())) < count:
         for _ in range(10):
@@ -35,27 +38,91 @@ def published_mask(generator: random.Random, grid: tuple[int, int], count: int, 
                 block = mask[top : top + height, left : left + width]
                 if 0 < height * width - int(block.sum()) <= count - hidden:
                     block[:] = True
+                    sizes.append((height, width))
                     break
         else:
             break
-    return mask
+    return mask, sizes
 
 
-def published_masks(grid, count, min_block) -> np.ndarray:
+@cache
+def published_masks(grid, count, min_block, aspect=0.3) -> list[tuple[np.ndarray, list[tuple[int, int]]]]:
     generator = random.Random(11)
-    return np.stack([published_mask(generator, grid, count, min_block) for _ in range(len(SEEDS))])
+    return [published_mask(generator, grid, count, min_block, aspect) for _ in range(len(SEEDS))]
+
+
+def placed(grid, count, min_block) -> list[list[tuple[int, int]]]:
+    """The sizes of the blocks of each of our masks, in their order."""
+    masks, sizes = BlockMasks(grid, count, min_block), [[] for _ in SEEDS]
+    bits = np.zeros((len(SEEDS), -(-grid[0] // 4) * -(-grid[1] // 16)), dtype=np.uint64)
+    for images, blocks in masks.place(SEEDS, bits):
+        for image, block in zip(images, blocks.tolist(), strict=True):
+            sizes[image].append(tuple(block))
+    return sizes
+
+
+def as_frequent(ours: list, theirs: list) -> float:
+    """The p-value of a chi-square test that both come from one distribution; values seen less than ten times count as one."""
+    tallies = Counter(ours), Counter(theirs)
+    common = [value for value in sorted({*ours, *theirs}) if sum(tally[value] for tally in tallies) >= 10]
+    table = np.array([[tally[value] for value in common] for tally in tallies])
+    rest = np.array([len(ours), len(theirs)])[:, None] - table.sum(1, keepdims=True)
+    table = np.hstack([table, rest]) if rest.any() else table
+    return stats.chi2_contingency(table).pvalue if table.shape[1] > 1 else 1.0
+
+
+def block_p_values(ours: list[list[tuple[int, int]]], theirs: list[list[tuple[int, int]]]) -> dict[str, float]:
+    """How well the numbers of blocks, and shapes and areas of first and of later blocks agree.
+
+    Blocks of one mask depend on each other, so that each test takes one block of a mask.
+    """
+    values = {"blocks": as_frequent([len(s) for s in ours], [len(s) for s in theirs])}
+    for place in (0, 1, 2):
+        mine, published = ([sizes[place] for sizes in masks if len(sizes) > place] for masks in (ours, theirs))
+        if min(len(mine), len(published)) >= 500:
+            values[f"shape of block {place}"] = as_frequent(mine, published)
+            values[f"area of block {place}"] = as_frequent([h * w for h, w in mine], [h * w for h, w in published])
+            values[f"aspect of block {place}"] = stats.ks_2samp(*([h / w for h, w in s] for s in (mine, published)), method="asymp").pvalue
+    return values
+
+
+@every_grid
+def test_the_blocks_themselves_are_the_published_ones(grid, count, min_block):
+    theirs = [sizes for _, sizes in published_masks(grid, count, min_block)]
+    values = block_p_values(placed(grid, count, min_block), theirs)
+    assert len(values) >= 4
+    assert min(values.values()) > 0.001, values
+
+
+@pytest.mark.parametrize("change", [{"aspect": 0.35}, {"min_block": 14}, {"count": 73}], ids=str)
+def test_these_tests_notice_a_slightly_different_algorithm(change):
+    setting = {"grid": (14, 14), "count": 75, "min_block": 16}
+    theirs = [sizes for _, sizes in published_masks(**setting | change)]
+    assert min(block_p_values(placed(**setting), theirs).values()) < 1e-5
+
+
+def test_cells_are_hidden_as_often_as_published_and_another_range_of_aspects_is_noticed():
+    ours = BlockMasks((14, 14), 75, 16).blocks(SEEDS)
+    for aspect, same in ((0.3, True), (0.9, False)):
+        theirs = np.stack([mask for mask, _ in published_masks((14, 14), 75, 16, aspect)])
+        assert (cell_p_value(ours, theirs) > 0.001) == same
+
+
+def cell_p_value(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """Of Hotelling's test that each row and column is hidden as often; cells of a mask depend on each other."""
+    halves = [np.hstack([masks.mean(2), masks.mean(1)[:, :-1]]) for masks in (ours, theirs)]  # rows fix the last column
+    difference = halves[0].mean(0) - halves[1].mean(0)
+    spread = sum(np.cov(half.T) / len(half) for half in halves)
+    return float(stats.chi2.sf(difference @ np.linalg.solve(spread, difference), len(difference)))
 
 
 @every_grid
 def test_blocks_are_distributed_as_the_published_algorithm_has_it(grid, count, min_block):
-    ours, theirs = BlockMasks(grid, count, min_block).blocks(SEEDS), published_masks(grid, count, min_block)
-    totals = [np.bincount(masks.sum((1, 2)), minlength=count + 1) for masks in (ours, theirs)]
-    common = np.minimum(*totals) >= 5
-    table = [[*total[common], total[~common].sum()] for total in totals]
-    table = [[cells for cells, both in zip(row, np.sum(table, 0), strict=True) if both] for row in table]
-    assert stats.chi2_contingency(table).pvalue > 0.001
+    ours = BlockMasks(grid, count, min_block).blocks(SEEDS)
+    theirs = np.stack([mask for mask, _ in published_masks(grid, count, min_block)])
+    assert as_frequent(ours.sum((1, 2)).tolist(), theirs.sum((1, 2)).tolist()) > 0.001
     for statistic in (edges, largest_row, corner):
-        assert stats.ks_2samp(statistic(ours), statistic(theirs)).pvalue > 0.001
+        assert stats.ks_2samp(statistic(ours), statistic(theirs), method="asymp").pvalue > 0.001
     shares = ours.mean(0), theirs.mean(0)
     error = np.sqrt(sum(share * (1 - share) for share in shares) / len(SEEDS))
     assert (np.abs(shares[0] - shares[1]) < 4.5 * error).all()

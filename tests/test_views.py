@@ -108,7 +108,7 @@ def test_flips_come_as_often_as_asked(share):
 def test_shifts_are_even_in_every_direction_over_black():
     point = torch.zeros(1, 9, 9, dtype=torch.uint8)
     point[0, 4, 4] = 255
-    crops = Augmentation((1.0, 1.0), shift=2, flip=0)([point] * len(SEEDS), SEEDS)
+    crops = list(Augmentation((1.0, 1.0), shift=2, flip=0)([point] * len(SEEDS), SEEDS))
     places = np.array([divmod(int(crop.argmax()), 9) for crop in crops]) - 2
     assert all(crop.sum() == 255 and crop.shape == point.shape for crop in crops)
     counts = np.bincount(places[:, 0] * 5 + places[:, 1], minlength=25)
@@ -154,9 +154,9 @@ def test_views_without_resizing_are_equal_to_the_last_bit_jitter_included():
 def test_the_backbone_sees_bicubic_and_the_tokenizer_lanczos():
     images, augmentation = [photo(i) for i in range(4)], Augmentation((0.2, 1.0), jitter=0.4)
     batch = PretrainViews(32, 16, augmentation, None)(images, SEEDS[:4])
-    crops = augmentation(images, SEEDS[:4])
-    assert torch.equal(batch["image"], resized(crops, 32, InterpolationMode.BICUBIC))
-    assert torch.equal(batch["target"], resized(crops, 16, InterpolationMode.LANCZOS))
+    crops = list(augmentation(images, SEEDS[:4]))
+    assert torch.equal(batch["image"], resized(crops, 4, (32, InterpolationMode.BICUBIC))[0])
+    assert torch.equal(batch["target"], resized(crops, 4, (16, InterpolationMode.LANCZOS))[0])
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.4])
@@ -198,7 +198,7 @@ def test_the_mask_does_not_follow_from_the_crop():
 def test_resizing_is_pillows(mode, filter_):
     for seed, (height, width) in enumerate([(64, 64), (20, 31), (90, 17), (8, 8)]):
         pixels = noise(seed, height, width, 3)
-        ours = resized([torch.from_numpy(pixels).permute(2, 0, 1)], 16, mode)[0].permute(1, 2, 0).numpy()
+        ours = resized([torch.from_numpy(pixels).permute(2, 0, 1)], 1, (16, mode))[0][0].permute(1, 2, 0).numpy()
         theirs = np.asarray(Image.fromarray(pixels).resize((16, 16), filter_))
         assert np.abs(ours.astype(int) - theirs).mean() < 0.6  # Pillow rounds between its two passes; bilinear would differ by 12
 
@@ -226,7 +226,7 @@ def test_training_shows_what_the_augmentation_gives():
     images = [photo(i, 40) for i in range(6)]
     augmentation = Augmentation((0.3, 1.0), jitter=0.2)
     ours = ClassifyViews(16, augmentation)(images, SEEDS[:6])["image"]
-    assert torch.equal(ours, resized(augmentation(images, SEEDS[:6]), 16, InterpolationMode.BICUBIC))
+    assert torch.equal(ours, resized(augmentation(images, SEEDS[:6]), 6, (16, InterpolationMode.BICUBIC))[0])
 
 
 def test_normalization_is_torchvisions():
