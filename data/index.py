@@ -148,8 +148,8 @@ def write_index(folder: Path, parts: Iterable[Part], samples: int, *, classes: l
     return summary
 
 
-def open_index(path: str | Path) -> Index:
-    """Opens an `index.json`, or the folder that holds it, and checks that each shard is there in full size.
+def open_index(path: str | Path, *, sizes: bool = True) -> Index:
+    """Opens an `index.json`, or the folder that holds it, and checks that each shard is there in full size, unless `sizes` is False.
 
     Raises:
         DataError: missing, empty, damaged, or of another version; the line names the file.
@@ -177,7 +177,7 @@ def open_index(path: str | Path) -> Index:
         raise DataError(f"{file} is damaged ({type(error).__name__}: {error}); pack it again") from None
     if not len(index):
         raise DataError(f"{file}: the index holds no sample; pack a folder that has images")
-    for shard, size in names:
+    for shard, size in names if sizes else ():
         found = shard.stat().st_size if shard.exists() else 0
         if found != size:
             raise DataError(f"{shard}: {found} bytes, the index says {size}; pack it again")
