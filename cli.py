@@ -113,7 +113,9 @@ def dispatch() -> None:
         from mimetic.data.workers import count_of
 
         options = vars(arguments) | {"workers": count_of(arguments.workers)}
-        tell: dict[str, Callable[..., None]] = {"pack": telling.pack_and_tell, "index": telling.index_and_tell, "check": telling.check_and_tell}
+        tell: dict[str, Callable[..., None]] = {
+            "pack": telling.pack_and_tell, "index": telling.index_and_tell, "check": telling.check_and_tell,
+        }  # fmt: skip
         tell[options.pop("command")](**options)
     elif arguments.command == "export":
         from mimetic.export.backbone import export_backbone

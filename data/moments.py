@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-MEASURED = 2048  # images of a large set that its means and deviations are measured on
+MEASURED = 1024  # images of a large set that its means and deviations are measured on
 ENOUGH = 1 << 16  # pixels of an image that count; of larger ones every second row, or every third
 
 
