@@ -114,8 +114,7 @@ def write_shard(shard: Shard, tally: Tally) -> None:
                 rejected.append((as_line(item.path), as_line(reason)))
                 bad = tally.add(1, item.size, 1)
                 if bad > shard.allowed:
-                    raise DataError(f"{bad} unreadable images, {shard.allowed} are tolerated; the last: {rejected[-1][0]} ({reason}); "
-                                    "mend them or raise --max-bad") from None  # fmt: skip
+                    raise too_many(bad, shard.allowed, *rejected[-1]) from None
                 continue
             rows.append((writer.add(f"{item.key}.{extension}", content), len(content), item.label))
             keys.append(item.key)
@@ -131,6 +130,11 @@ def write_shard(shard: Shard, tally: Tally) -> None:
     write_atomically(shard.account, json.dumps({
         "bytes": writer.offset, "sha256": writer.hash.hexdigest(), "rows": rows, "keys": keys, "rejected": rejected,
         "moments": dataclasses.asdict(moments)}))  # fmt: skip
+
+
+def too_many(bad: int, allowed: int, path: str, reason: str) -> DataError:
+    """What to say of more unreadable images than are tolerated, of which this is the last."""
+    return DataError(f"{bad} unreadable images, {allowed} are tolerated; the last: {path} ({reason}); mend them or raise --max-bad")
 
 
 def _read(item: Item, shard: Shard, moments: Moments | None) -> tuple[bytes, str]:

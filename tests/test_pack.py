@@ -4,12 +4,7 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
-import tarfile
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,8 +15,8 @@ from PIL import Image
 from shardreading import assert_sound, contents, keys_of, labels
 from tinyruns import files_of_at_most
 
-from mimetic.data import index as index_module
 from mimetic.data import channels as channels_module
+from mimetic.data import index as index_module
 from mimetic.data.decode import decode
 from mimetic.data.index import Index, draw_per_class, open_index
 from mimetic.data.pack import pack
