@@ -154,8 +154,8 @@ def _judge(places: list[str], scans: list[Scan], max_bad: float) -> list[tuple[s
         found.rejected += [(sample.image, f"the key {sample.key!a} has come in an earlier shard")
                            for sample, is_again in zip(found.samples, repeated, strict=True) if is_again]  # fmt: skip
         found.samples = [sample for sample, is_again in zip(found.samples, repeated, strict=True) if not is_again]
-        rejected += [(as_text(f"{place}/{name}"), reason) for name, reason in found.rejected]
         rejected += [(as_text(place), found.damage)] * bool(found.damage)
+        rejected += [(as_text(f"{place}/{name}"), reason) for name, reason in found.rejected]
     bad = sum(len(found.rejected) + found.lost for found in scans)
     samples = bad + sum(len(found.samples) for found in scans)
     if samples == bad:

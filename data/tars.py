@@ -118,7 +118,10 @@ class _Scanner:
     def run(self) -> Scan:
         for member in self._members():
             match = _NAME.match(member.name)
-            if not member.isreg() or member.issparse() or match is None or _META.match(member.name):
+            if member.issparse():
+                self.found.rejected.append((member.name, "a sparse member, its bytes lie in pieces; write the tar without --sparse"))
+                continue
+            if not member.isreg() or match is None or _META.match(member.name):
                 self.found.others += 1
                 continue
             if match[1] != self.key:
@@ -129,7 +132,7 @@ class _Scanner:
                 self.twice = member.name
             self.group.setdefault(suffix, (member.name, member.offset_data, member.size))
         if self.found.damage and self.key is not None and not self.found.damage.endswith(_NO_END):
-            self.found.rejected.append((self.key, "cut off"))
+            self.found.rejected.append((self.key, f"cut off: the tar {self.found.damage}"))
         else:
             self._end_sample()
         if self.found.damage:
@@ -148,7 +151,7 @@ class _Scanner:
                 tar.members.clear()  # type: ignore[attr-defined]  # else a long tar fills the memory
                 if tar.offset <= self.where or member.size < 0:
                     raise tarfile.ReadError("a member of negative size")  # tarfile would go round in circles
-                if member.offset_data + member.size > self.found.bytes:
+                if member.offset_data + member.size > self.found.bytes and not member.issparse():
                     raise tarfile.ReadError(f"{member.name!a} is cut off")
                 yield member
                 self.where = tar.offset
@@ -174,7 +177,7 @@ class _Scanner:
                 place += len(chunk)
 
     def _break(self, how: str) -> None:
-        self.found.damage = f"breaks at byte {self.where:,} of {self.found.bytes:,}: {how}"
+        self.found.damage = f"breaks at byte {min(self.where, self.found.bytes):,} of {self.found.bytes:,}: {how}"
 
     def _end_sample(self) -> None:
         key, group, twice = self.key, self.group, self.twice
