@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
@@ -9,7 +10,7 @@ from mimetic.engine.config import did_you_mean
 from mimetic.engine.errors import SettingError
 from mimetic.engine.runtime import run_entry
 
-COMMANDS = ("demo", "pack", "export", "compare", "models", "attention")
+COMMANDS = ("demo", "pack", "index", "check", "export", "compare", "models", "attention")
 
 
 class Parser(argparse.ArgumentParser):
@@ -33,14 +34,28 @@ def parser() -> argparse.ArgumentParser:
 
     pack = commands.add_parser("pack", help="images into WebDataset shards with an index",
                                epilog="example: mimetic pack photos/ shards/photos")  # fmt: skip
-    pack.add_argument("source", type=Path, metavar="SRC", help="a folder of images (sub-folders are classes), or an idx file")
+    pack.add_argument("source", type=Path, metavar="SRC", help="a folder of images (sub-folders are classes), a .csv, .tsv or .jsonl "
+                      "with a column `path` (and perhaps `label`, `key`), tars, or an idx file")  # fmt: skip
     pack.add_argument("out", type=Path, metavar="OUT", help="the folder of the shards")
-    pack.add_argument("--samples-per-shard", type=int, default=8192, metavar="N", help="(default: %(default)s)")
-    pack.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE",
-                      help="share of unreadable images that is tolerated (default: %(default)s; 0 is strict)")  # fmt: skip
+    pack.add_argument("--samples-per-shard", type=int, metavar="N", help="(default: 8192, or about 256 MiB)")
+    pack.add_argument("--short-side", type=int, metavar="PIXELS", help="make larger images so small (default: bytes stay as they are)")
+    pack.add_argument("--format", choices=("jpeg", "png", "webp"), help="encode images so (default: bytes stay as they are)")
+    pack.add_argument("--quality", type=int, metavar="Q", help="1 to 100, of JPEG and WebP that are encoded anew (default: 90)")
+    pack.add_argument("--dedup", action="store_true", help="leave out images whose bytes are those of an earlier one")
+    pack.add_argument("--val", type=float, metavar="SHARE", help="split into OUT/train and OUT/val, for good: by each image's key")
+    _add_shared(pack)
 
-    pack.add_argument("--channels", type=int, metavar="C",
-                      help="channels of every image (default: 3 if any is coloured, else 1; an array's own number)")  # fmt: skip
+    index = commands.add_parser("index", help="an index for tars that exist",
+                                epilog="example: mimetic index 'laion/{00000..00099}.tar'")  # fmt: skip
+    index.add_argument("shards", nargs="+", metavar="SHARDS", help="tars, folders of tars, patterns, ranges, or addresses")
+    index.add_argument("--out", type=Path, metavar="FOLDER", help="where the index goes (default: the folder of the shards)")
+    _add_shared(index)
+
+    check = commands.add_parser("check", help="whether shards are what their index says and every image decodes",
+                                epilog="example: mimetic check shards/photos")  # fmt: skip
+    check.add_argument("path", type=Path, metavar="SHARDS", help="an index.json, or its folder")
+    check.add_argument("--out", type=Path, metavar="FILE", help="write all faults there: shard, key, reason")
+    _add_workers(check)
 
     export = commands.add_parser("export", help="the backbone of a finished run, checked as it is written",
                                  epilog="example: mimetic export runs/beit exported/beit --to timm")  # fmt: skip
@@ -71,6 +86,18 @@ def parser() -> argparse.ArgumentParser:
     return top
 
 
+def _add_shared(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--max-bad", type=float, default=0.01, metavar="SHARE",
+                         help="share of unreadable images that is tolerated (default: %(default)s; 0 is strict)")  # fmt: skip
+    command.add_argument("--channels", type=int, metavar="C",
+                         help="channels of every image (default: 3 if any is coloured, else 1; an array's own number)")  # fmt: skip
+    _add_workers(command)
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--workers", type=int, metavar="N", help="processes (default: one a CPU)")
+
+
 def dispatch() -> None:
     """Parses the command line and opens the door."""
     first = sys.argv[1] if len(sys.argv) > 1 else "--help"
@@ -81,10 +108,15 @@ def dispatch() -> None:
         from mimetic.demo import demo
 
         demo(arguments.out, arguments.budget)
-    elif arguments.command == "pack":
-        from mimetic.data.pack import pack_and_tell
+    elif arguments.command in ("pack", "index", "check"):
+        from mimetic.data import telling
+        from mimetic.data.workers import count_of
 
-        pack_and_tell(arguments.source, arguments.out, arguments.samples_per_shard, arguments.max_bad, arguments.channels)
+        options = vars(arguments) | {"workers": count_of(arguments.workers)}
+        tell: dict[str, Callable[..., None]] = {
+            "pack": telling.pack_and_tell, "index": telling.index_and_tell, "check": telling.check_and_tell,
+        }  # fmt: skip
+        tell[options.pop("command")](**options)
     elif arguments.command == "export":
         from mimetic.export.backbone import export_backbone
 

@@ -72,6 +72,10 @@ class ShardCache:
                 raise SettingError(f"{self.folder} cannot be written ({error.strerror or error}); give data.cache another folder") from None
         return file
 
+    def name_by_content(self, address: str, sha256: str) -> None:
+        """Names a copy by its content, once that is known: what lies at the address may change, and is then fetched anew."""
+        os.replace(self.file(address, None), self.file(address, sha256))
+
     def holds(self, file: Path) -> bool:
         """Whether a file lies, or lay, here."""
         return file.parent == self.folder

@@ -191,12 +191,13 @@ def _described(file: Path) -> dict[str, Any]:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
 
 
-def open_index(path: str | Path, cache: ShardCache | None = None) -> Index:
-    """Opens an `index.json`, or the folder that holds it, on this machine or elsewhere; shards that lie here must be there in full size.
+def open_index(path: str | Path, cache: ShardCache | None = None, *, sizes: bool = True) -> Index:
+    """Opens an `index.json`, or the folder that holds it, on this machine or elsewhere.
 
     Args:
         path: a file, a folder, or the address of either.
         cache: of what lies elsewhere; the default is the user's own cache folder.
+        sizes: whether shards that lie here must have the size that the index says.
 
     Raises:
         DataError: missing, empty, damaged, or of another version; the line names the file.
@@ -219,7 +220,7 @@ def open_index(path: str | Path, cache: ShardCache | None = None) -> Index:
             raise DataError(f"{file}: the index holds no sample; pack a folder that has images")
         index = Index(home, shards, content["classes"], image["channels"], tuple(image["mean"]), tuple(image["std"]), rows,
                       np.memmap(beside["keys.txt"], np.uint8, "r"), starts, hashlib.sha256(raw).hexdigest()[:16], cache)  # fmt: skip
-        _check_shards(index)
+        _check_shards(index, sizes)
     except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
         raise DataError(f"{file} is damaged ({type(error).__name__}: {error}); {REPAIR}") from None
     return index
@@ -252,12 +253,12 @@ def _beside(home: str, name: str, file: dict[str, Any], cache: ShardCache) -> Pa
     return cache.fetched(address, file["bytes"], file["sha256"]) if is_address(address) else Path(address)
 
 
-def _check_shards(index: Index) -> None:
+def _check_shards(index: Index, sizes: bool) -> None:
     for shard in index.shards:
         place = located(index.home, shard["name"])
         if shard["name"].startswith("pipe:"):
             raise DataError(f"{index.home}: its index names {shard['name'][:60]!r}; an index never runs a command: type it")
-        if is_address(place):
+        if is_address(place) or not sizes:
             continue
         if is_address(index.home):
             raise DataError(f"{index.home}: its index names {place}, which lies on this machine; {REPAIR}")
