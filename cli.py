@@ -109,8 +109,8 @@ def dispatch() -> None:
 
         demo(arguments.out, arguments.budget)
     elif arguments.command in ("pack", "index", "check"):
-        from mimetic.data import telling
-        from mimetic.data.workers import count_of
+        from mimetic.data.packing import telling
+        from mimetic.data.packing.workers import count_of
 
         options = vars(arguments) | {"workers": count_of(arguments.workers)}
         tell: dict[str, Callable[..., None]] = {

@@ -10,9 +10,9 @@ import numpy as np
 from mimetic.data.decode import decode, silence_pillow
 from mimetic.data.index import Index, open_index
 from mimetic.data.indexing import key_bytes
-from mimetic.data.items import as_line
-from mimetic.data.tars import Sample, scan
-from mimetic.data.workers import Tally, run_all
+from mimetic.data.packing.items import as_line
+from mimetic.data.packing.tars import Sample, scan
+from mimetic.data.packing.workers import Tally, run_all
 from mimetic.engine.errors import MimeticError
 
 Fault = tuple[str, str, str]  # shard, key (empty for the whole shard), what is wrong

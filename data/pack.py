@@ -12,18 +12,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mimetic.data.channels import channels_of_most
 from mimetic.data.decode import silence_pillow
-from mimetic.data.duplicates import find_duplicates
 from mimetic.data.index import write_index
-from mimetic.data.items import as_line
-from mimetic.data.moments import Moments
-from mimetic.data.outfolder import in_one_line, put_back, refuse_to_overwrite, working_folder
-from mimetic.data.plan import Options, Side, plan_shards, shuffled, split, start_over_if_changed
-from mimetic.data.reencode import Encoding
-from mimetic.data.shards import Shard, part_of, read_account, too_many, write_shard
-from mimetic.data.sources import Found, find_items
-from mimetic.data.workers import run_all
+from mimetic.data.packing.channels import channels_of_most
+from mimetic.data.packing.duplicates import find_duplicates
+from mimetic.data.packing.items import as_line
+from mimetic.data.packing.moments import Moments
+from mimetic.data.packing.outfolder import in_one_line, put_back, refuse_to_overwrite, working_folder
+from mimetic.data.packing.plan import Options, Side, plan_shards, shuffled, split, start_over_if_changed
+from mimetic.data.packing.reencode import Encoding
+from mimetic.data.packing.shards import Shard, part_of, read_account, too_many, write_shard
+from mimetic.data.packing.sources import Found, find_items
+from mimetic.data.packing.workers import run_all
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError, SettingError
 

@@ -8,7 +8,7 @@ import numpy as np
 from webdataset import tariterators
 
 from mimetic.data.index import UNLABELLED, Index
-from mimetic.data.items import EXTENSIONS
+from mimetic.data.packing.items import EXTENSIONS
 
 
 def keys_of(index: Index) -> list[str]:

@@ -15,12 +15,12 @@ from shardreading import assert_sound, keys_of
 from test_pack import hashes
 
 from mimetic import cli
-from mimetic.data import workers as workers_module
 from mimetic.data.checking import check_shards
 from mimetic.data.index import open_index
 from mimetic.data.pack import pack
-from mimetic.data.telling import check_and_tell
-from mimetic.data.workers import Tally, run_all
+from mimetic.data.packing import workers as workers_module
+from mimetic.data.packing.telling import check_and_tell
+from mimetic.data.packing.workers import Tally, run_all
 from mimetic.engine.errors import DataError, SettingError
 
 

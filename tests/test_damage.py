@@ -15,7 +15,7 @@ from mimetic.data.decode import decode
 from mimetic.data.index import open_index
 from mimetic.data.indexing import index_tars
 from mimetic.data.pack import pack
-from mimetic.data.structure import is_whole
+from mimetic.data.packing.structure import is_whole
 from mimetic.engine.errors import DataError
 
 SMOOTH = np.asarray(Image.fromarray(noise(0, 6, 8, 3)).resize((64, 48), Image.Resampling.BICUBIC))

@@ -55,7 +55,9 @@ def allowed(name: str, folder: str) -> bool:
 
 def test_every_folder_is_a_package_and_the_other_way_round():
     packages = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert sorted(packages) == sorted(["mimetic", *(f"mimetic.{folder}" for folder in FOLDERS)])
+    inner = {path.parent.relative_to(ROOT) for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    named = {".".join(["mimetic", *folder.parts]) for folder in inner} | {"mimetic", *(f"mimetic.{folder}" for folder in FOLDERS)}
+    assert sorted(packages) == sorted(named)
     assert sorted(FOLDERS) == sorted(MAY_IMPORT)
 
 

@@ -15,13 +15,13 @@ from PIL import Image
 from shardreading import assert_sound, contents, keys_of, labels
 from tinyruns import files_of_at_most
 
-from mimetic.data import channels as channels_module
 from mimetic.data import index as index_module
 from mimetic.data.decode import decode
 from mimetic.data.index import Index, open_index
 from mimetic.data.opening import draw_per_class
 from mimetic.data.pack import pack
-from mimetic.data.telling import pack_and_tell
+from mimetic.data.packing import channels as channels_module
+from mimetic.data.packing.telling import pack_and_tell
 from mimetic.engine.errors import DataError, SettingError
 
 RGB = noise(0, 9, 7, 3)
@@ -550,7 +550,7 @@ def damage_json(folder: Path, **changes) -> None:
         (lambda f: (f / "index.json").unlink(), "no index.json there; make one with `mimetic pack"),
         (lambda f: (f / "index.json").write_text('{"version": 2, "sam'), "index.json is damaged"),
         (lambda f: (f / "index.json").write_text("[]"), "index.json is damaged"),
-        (lambda f: damage_json(f, version=1), "index version 1, this program reads 2"),
+        (lambda f: damage_json(f, version=1), "index version 1, this program reads version 2"),
         (lambda f: damage_json(f, shards=[{}]), "index.json is damaged"),
         (lambda f: damage_json(f, shards=[]), "samples.npy holds"),
         (lambda f: (f / "samples.npy").unlink(), "index.json is damaged"),

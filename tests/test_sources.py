@@ -14,9 +14,9 @@ from shardreading import assert_sound, contents, keys_of, labels
 
 from mimetic.data.decode import decode
 from mimetic.data.index import Index, open_index
-from mimetic.data.items import key_maker
 from mimetic.data.pack import pack
-from mimetic.data.plan import MOST_SAMPLES
+from mimetic.data.packing.items import key_maker
+from mimetic.data.packing.plan import MOST_SAMPLES
 from mimetic.engine.errors import DataError, SettingError
 
 RGB = noise(0, 9, 7, 3)
@@ -201,7 +201,7 @@ def test_folders_and_files_that_cannot_be_read_are_rejected_and_counted(tmp_path
 
 def test_shards_are_of_bounded_bytes_unless_asked(tmp_path, monkeypatch):
     assert MOST_SAMPLES == 8192
-    monkeypatch.setattr("mimetic.data.plan.MOST_BYTES", 3000)
+    monkeypatch.setattr("mimetic.data.packing.plan.MOST_BYTES", 3000)
     index = packed(idx_files(tmp_path / "src", noise(1, 20, 20, 20)), tmp_path / "out")  # 400 bytes each
     assert [shard["samples"] for shard in index.shards] == [7, 7, 6]
 
@@ -312,7 +312,7 @@ def test_settings_that_cannot_be_are_one_line(tmp_path, options, message):
 
 
 def test_statistics_of_many_images_come_from_some_of_them(tmp_path, monkeypatch):
-    monkeypatch.setattr("mimetic.data.moments.MEASURED", 16)
+    monkeypatch.setattr("mimetic.data.packing.moments.MEASURED", 16)
     index = packed(grey_folder(tmp_path / "src", 50), tmp_path / "out", samples_per_shard=7)
     assert json.loads((tmp_path / "out/index.json").read_text())["image"]["measured"] == 16
     assert abs(index.mean[0] - 0.5) < 0.03

@@ -20,7 +20,7 @@ from mimetic.data.decode import decode
 from mimetic.data.index import open_index
 from mimetic.data.indexing import find_tars, index_tars
 from mimetic.data.pack import pack
-from mimetic.data.shards import tar_header
+from mimetic.data.packing.shards import tar_header
 from mimetic.engine.errors import DataError, SettingError
 
 

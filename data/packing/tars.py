@@ -17,8 +17,8 @@ from pathlib import Path
 
 from mimetic.data.cache import ShardCache, cache_folder
 from mimetic.data.fetch import is_address
-from mimetic.data.items import EXTENSIONS, LARGEST
-from mimetic.data.workers import Tally
+from mimetic.data.packing.items import EXTENSIONS, LARGEST
+from mimetic.data.packing.workers import Tally
 from mimetic.engine.errors import DataError
 
 PACKED = {b"\x1f\x8b": ("gzip", "gunzip"), b"\x28\xb5\x2f\xfd": ("zstd", "unzstd"), b"BZh": ("bzip2", "bunzip2"),

@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mimetic.data.items import Item, as_text, file_item, key_maker
-from mimetic.data.labels import number_labels
+from mimetic.data.packing.items import Item, as_text, file_item, key_maker
+from mimetic.data.packing.labels import number_labels
 from mimetic.engine.errors import DataError
 
 KINDS = (".csv", ".tsv", ".jsonl", ".ndjson")

@@ -8,8 +8,8 @@ from typing import Any
 from mimetic.data.checking import check_shards
 from mimetic.data.indexing import index_tars
 from mimetic.data.pack import pack
-from mimetic.data.sources import left_out
-from mimetic.data.workers import Teller
+from mimetic.data.packing.sources import left_out
+from mimetic.data.packing.workers import Teller
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError, SettingError
 

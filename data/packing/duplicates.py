@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from mimetic.data.items import Item
-from mimetic.data.workers import Tally, run_all
+from mimetic.data.packing.items import Item
+from mimetic.data.packing.workers import Tally, run_all
 from mimetic.engine.config import write_atomically
 
 PIECE = 4096  # images that a process reads at a time

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from mimetic.data.decode import channels_of
-from mimetic.data.items import Item
+from mimetic.data.packing.items import Item
 
 LOOK = 256  # images that are asked whether they are pictures or arrays of more channels
 

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import numpy as np
 
-from mimetic.data.items import Item
-from mimetic.data.moments import measured_places
-from mimetic.data.outfolder import SIDES
+from mimetic.data.packing.items import Item
+from mimetic.data.packing.moments import measured_places
+from mimetic.data.packing.outfolder import SIDES
+from mimetic.data.packing.reencode import Encoding
+from mimetic.data.packing.shards import Shard
 from mimetic.data.randomness import mix
-from mimetic.data.reencode import Encoding
-from mimetic.data.shards import Shard
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError, SettingError
 

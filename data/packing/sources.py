@@ -6,12 +6,12 @@ from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
 
-from mimetic.data.idx import read_images
-from mimetic.data.items import EXTENSIONS, Item, as_text, file_item, key_maker
-from mimetic.data.labels import number_labels
-from mimetic.data.manifests import KINDS, manifest_items
-from mimetic.data.tars import Scan, is_packed_tar, scan
-from mimetic.data.workers import Tally, run_all
+from mimetic.data.packing.idx import read_images
+from mimetic.data.packing.items import EXTENSIONS, Item, as_text, file_item, key_maker
+from mimetic.data.packing.labels import number_labels
+from mimetic.data.packing.manifests import KINDS, manifest_items
+from mimetic.data.packing.tars import Scan, is_packed_tar, scan
+from mimetic.data.packing.workers import Tally, run_all
 from mimetic.engine.errors import DataError
 
 

@@ -14,11 +14,11 @@ import numpy as np
 
 from mimetic.data.decode import decode, silence_pillow
 from mimetic.data.index import ROW, UNLABELLED, Part
-from mimetic.data.items import Item, as_line
-from mimetic.data.moments import Moments
-from mimetic.data.reencode import Encoding
-from mimetic.data.structure import is_whole
-from mimetic.data.workers import Tally
+from mimetic.data.packing.items import Item, as_line
+from mimetic.data.packing.moments import Moments
+from mimetic.data.packing.reencode import Encoding
+from mimetic.data.packing.structure import is_whole
+from mimetic.data.packing.workers import Tally
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError
 
