@@ -76,8 +76,8 @@ def _grey(piece_N: Numbers) -> Numbers:
     blue. So all steps run along the line, where a loop over pixels would take every third number.
     """
     weighted = piece_N.view(np.uint16) * _WEIGHTS[: len(piece_N)]
-    grey = np.zeros_like(weighted)
-    np.add(weighted[:-2], weighted[1:-1], out=grey[:-2])
+    grey = weighted.copy()
+    grey[:-2] += weighted[1:-1]
     grey[:-2] += weighted[2:]
     grey >>= 8
     grey *= _RED_ONLY[: len(piece_N)]

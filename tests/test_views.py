@@ -266,7 +266,7 @@ def test_views_of_reduced_pictures_differ_by_what_the_decoder_averages(jitter):
     assert (found.mean(0) <= [(1.7, 11), (1.0, 7)]).all(), found.mean(0)  # mean and 99th percentile of `image` and `target`
     drawn = differences((64, 32), jitter, grid=False)[True]
     assert (drawn.mean(0) > found.mean(0)).all(), "edges lie on the reduced picture's pixels"
-    assert (drawn.mean(0) <= 0).all(), drawn.mean(0)
+    assert (drawn.mean(0) <= [(4, 28), (2.6, 18)]).all(), drawn.mean(0)
 
 
 # Classification and normalization
