@@ -48,7 +48,8 @@ def jittered(image_CHW: torch.Tensor, factors: NDArray[np.float64], order: NDArr
                 change -= centre
             change >>= bits
             piece += change
-            np.clip(piece, BLACK, WHITE, out=piece)
+            if strength > 0:  # otherwise all values move towards grey or black
+                np.clip(piece, BLACK, WHITE, out=piece)
     return torch.from_numpy(values_N.astype(np.uint8).reshape(height, width, channels)).permute(2, 0, 1)
 
 
@@ -65,7 +66,7 @@ def _mean_grey(values_N: Numbers, channels: int) -> float:
     even = len(values_N) // LINE * LINE
     sums_C = values_N[:even].reshape(-1, LINE).sum(0, dtype=np.int64 if even > 2**30 else np.int32).reshape(-1, channels).sum(0)
     means_C = (sums_C + values_N[even:].reshape(-1, channels).sum(0)) / (len(values_N) // channels)
-    return float(means_C @ GREY) / 256 - 0.5 if channels == 3 else float(means_C[0])
+    return max(0.0, float(means_C @ GREY) / 256 - 0.5) if channels == 3 else float(means_C[0])
 
 
 def _grey(piece_N: Numbers) -> Numbers:
@@ -75,8 +76,8 @@ def _grey(piece_N: Numbers) -> Numbers:
     blue. So all steps run along the line, where a loop over pixels would take every third number.
     """
     weighted = piece_N.view(np.uint16) * _WEIGHTS[: len(piece_N)]
-    grey = np.zeros_like(weighted)
-    np.add(weighted[:-2], weighted[1:-1], out=grey[:-2])
+    grey = weighted.copy()
+    grey[:-2] += weighted[1:-1]
     grey[:-2] += weighted[2:]
     grey >>= 8
     grey *= _RED_ONLY[: len(piece_N)]

@@ -12,8 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
+from torch.nn import functional as F
 
 from mimetic.data.decode import Picture, cut
 from mimetic.data.jitter import jittered
@@ -88,7 +87,7 @@ class Augmentation:
 
     def _shifted(self, images: Images, seeds_B: NDArray[np.uint64]) -> list[torch.Tensor]:
         moves = np.floor(uniform(seeds_B[:, None], SHIFT, np.arange(2)) * (2 * self.shift + 1)).astype(int).tolist()
-        padded = [TF.pad(image.pixels() if isinstance(image, Picture) else image, [self.shift]) for image in images]
+        padded = [F.pad(image.pixels() if isinstance(image, Picture) else image, [self.shift] * 4) for image in images]
         return [cut(wide, (y, x, *image.shape[-2:])) for wide, image, (y, x) in zip(padded, images, moves, strict=True)]
 
 
@@ -104,8 +103,7 @@ class PretrainViews:
     def __call__(self, images: Images, seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
         """Args as in `mimetic.data.stream.Transform`."""
         crops = self.augmentation(images, seeds_B, max(self.image_size, self.target_size))
-        image_BCHW, target_BCHW = resized(crops, len(images), (self.image_size, InterpolationMode.BICUBIC),
-                                          (self.target_size, InterpolationMode.LANCZOS))  # fmt: skip
+        image_BCHW, target_BCHW = resized(crops, len(images), (self.image_size, "bicubic"), (self.target_size, "lanczos"))
         batch = {"image": image_BCHW, "target": target_BCHW}
         return batch if self.masks is None else batch | {"hidden": self.masks.sample(mix(seeds_B, MASK))}
 
@@ -122,7 +120,7 @@ class ClassifyViews:
             crops = (cropped(image, _centre(*image.shape[-2:]), self.image_size) for image in images)
         else:
             crops = self.augmentation(images, seeds_B, self.image_size)
-        (image_BCHW,) = resized(crops, len(images), (self.image_size, InterpolationMode.BICUBIC))
+        (image_BCHW,) = resized(crops, len(images), (self.image_size, "bicubic"))
         return {"image": image_BCHW}
 
 
@@ -131,14 +129,14 @@ def cropped(image: Picture | torch.Tensor, box: Box, smallest: int | None) -> to
     return image.crop(box, smallest) if isinstance(image, Picture) else cut(image, box)
 
 
-def resized(crops: Iterable[torch.Tensor], count: int, *views: tuple[int, InterpolationMode]) -> list[torch.Tensor]:
-    """uint8 (B, C, size, size) for each (size, interpolation), antialiased."""
+def resized(crops: Iterable[torch.Tensor], count: int, *views: tuple[int, str]) -> list[torch.Tensor]:
+    """uint8 (B, C, size, size) for each (size, "bicubic" or "lanczos"), antialiased: as Pillow resizes."""
     batches: list[torch.Tensor] = []
     for place, crop in enumerate(crops):
         batches = batches or [torch.empty(count, len(crop), size, size, dtype=torch.uint8) for size, _ in views]
-        for batch_BCHW, (size, interpolation) in zip(batches, views, strict=True):
+        for batch_BCHW, (size, mode) in zip(batches, views, strict=True):
             fits = crop.shape[-2:] == (size, size)
-            batch_BCHW[place] = crop if fits else TF.resize_image(crop, [size, size], interpolation, antialias=True)
+            batch_BCHW[place] = crop if fits else F.interpolate(crop[None], (size, size), mode=mode, antialias=True)[0]
     return batches
 
 

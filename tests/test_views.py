@@ -1,20 +1,23 @@
 """Views against torchvision's and Pillow's, and the promise that both views of BEiT show the same thing."""
 
+import io
 from collections import Counter
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from imagesets import noise
+from imagesets import encoded, noise
 from PIL import Image
 from scipy import stats
+from sklearn.datasets import load_sample_images
 from torchvision.transforms import v2
-from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
 
+from mimetic.data.decode import Picture
 from mimetic.data.masks import BlockMasks
-from mimetic.data.randomness import mix
-from mimetic.data.views import Augmentation, ClassifyViews, Normalize, PretrainViews, random_boxes, resized
+from mimetic.data.randomness import mix, uniform
+from mimetic.data.views import FLIP, JITTER, Augmentation, ClassifyViews, Normalize, PretrainViews, random_boxes, resized
 
 SEEDS = mix(3, np.arange(2000))
 
@@ -155,8 +158,8 @@ def test_the_backbone_sees_bicubic_and_the_tokenizer_lanczos():
     images, augmentation = [photo(i) for i in range(4)], Augmentation((0.2, 1.0), jitter=0.4)
     batch = PretrainViews(32, 16, augmentation, None)(images, SEEDS[:4])
     crops = list(augmentation(images, SEEDS[:4]))
-    assert torch.equal(batch["image"], resized(crops, 4, (32, InterpolationMode.BICUBIC))[0])
-    assert torch.equal(batch["target"], resized(crops, 4, (16, InterpolationMode.LANCZOS))[0])
+    assert torch.equal(batch["image"], resized(crops, 4, (32, "bicubic"))[0])
+    assert torch.equal(batch["target"], resized(crops, 4, (16, "lanczos"))[0])
 
 
 @pytest.mark.parametrize("jitter", [0.0, 0.4])
@@ -193,7 +196,7 @@ def test_the_mask_does_not_follow_from_the_crop():
     assert np.abs(correlation).max() < 4.5 / np.sqrt(len(SEEDS))
 
 
-@pytest.mark.parametrize(("mode", "filter_"), [(InterpolationMode.BICUBIC, Image.BICUBIC), (InterpolationMode.LANCZOS, Image.LANCZOS)],
+@pytest.mark.parametrize(("mode", "filter_"), [("bicubic", Image.BICUBIC), ("lanczos", Image.LANCZOS)],
                          ids=["bicubic", "lanczos"])  # fmt: skip
 def test_resizing_is_pillows(mode, filter_):
     for seed, (height, width) in enumerate([(64, 64), (20, 31), (90, 17), (8, 8)]):
@@ -212,6 +215,60 @@ def test_arrays_of_five_channels_and_grey_images_pass_through_all_steps():
         assert batch["image"].dtype == batch["target"].dtype == torch.uint8
 
 
+# Both views of real photographs, against the same steps done plainly
+
+PHOTOS = [encoded(image, "jpeg", quality=92) for image in load_sample_images().images]  # 640x427
+
+
+def plain_views(content: bytes, seed: int, sizes: tuple[int, int], jitter: float, grid: int) -> tuple[list[np.ndarray], int]:
+    """Pillow and torchvision, step by step; where a small part of the picture is enough, the box's edges lie on a `grid`."""
+    seeds, picture = np.array([seed]), Image.open(io.BytesIO(content))
+    box = random_boxes(seeds, np.array([picture.size[::-1]]), (0.08, 1.0))[0]
+    reduction = next((r for r in (8, 4, 2) if min(box[2:]) >= r * (sizes[0] + 1)), 1)
+    step = reduction if grid else 1
+    top, left, bottom, right = (np.array([*box[:2], *(box[:2] + box[2:])]) + step // 2) // step * step
+    crop = torch.from_numpy(np.array(picture)[top:bottom, left:right]).permute(2, 0, 1)
+    factors = 1 + jitter * (2 * uniform(seeds[:, None], JITTER, 0, np.arange(3))[0] - 1)
+    for i in uniform(seeds[:, None], JITTER, 1, np.arange(3))[0].argsort():
+        crop = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[i](crop, float(factors[i]))
+    crop = TF.horizontal_flip(crop) if uniform(seeds, FLIP)[0] < 0.5 else crop
+    whole = Image.fromarray(crop.permute(1, 2, 0).numpy())
+    filters = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
+    return [np.array(whole.resize((size, size), kind)) for size, kind in zip(sizes, filters, strict=True)], reduction
+
+
+def differences(sizes: tuple[int, int], jitter: float, grid: bool = True) -> dict[bool, np.ndarray]:
+    """Means and 99th percentiles of absolute differences of both views, (samples, 2, 2), without and with reduction."""
+    views, found = PretrainViews(*sizes, Augmentation(jitter=jitter), None), {False: [], True: []}
+    for i, seed in enumerate(SEEDS[:120]):
+        batch = views([Picture(PHOTOS[i % 2], 3)], SEEDS[i : i + 1])
+        expected, reduction = plain_views(PHOTOS[i % 2], seed, sizes, jitter, grid)
+        ours = (batch[name][0].permute(1, 2, 0).numpy().astype(int) for name in ("image", "target"))
+        errors = [np.abs(mine - theirs) for mine, theirs in zip(ours, expected, strict=True)]
+        found[reduction > 1].append([[error.mean(), np.quantile(error, 0.99)] for error in errors])
+    return {reduced: np.array(values) for reduced, values in found.items() if values}
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.4, 1.0])
+def test_views_are_those_of_a_plain_pipeline(jitter):
+    """Without reduction: rounding between the passes of a resize, and factors of jitter rounded to 1/256."""
+    found = differences((224, 112), jitter)
+    assert found.keys() == {False}
+    worst = {0.0: (0.4, 1), 0.4: (1.2, 3), 1.0: (1.8, 3)}[jitter]  # of 120 samples: mean and 99th percentile, grey levels
+    assert (found[False].max(0) <= worst).all(), found[False].max(0)
+    assert (found[False].mean(0) <= (0.4, 2)).all(), found[False].mean(0)
+
+
+@pytest.mark.parametrize("jitter", [0.0, 0.4])
+def test_views_of_reduced_pictures_differ_by_what_the_decoder_averages(jitter):
+    found = differences((64, 32), jitter)[True]
+    assert len(found) > 60
+    assert (found.mean(0) <= [(1.7, 11), (1.0, 7)]).all(), found.mean(0)  # mean and 99th percentile of `image` and `target`
+    drawn = differences((64, 32), jitter, grid=False)[True]
+    assert (drawn.mean(0) > found.mean(0)).all(), "edges lie on the reduced picture's pixels"
+    assert (drawn.mean(0) <= [(4, 28), (2.6, 18)]).all(), drawn.mean(0)
+
+
 # Classification and normalization
 
 
@@ -226,7 +283,7 @@ def test_training_shows_what_the_augmentation_gives():
     images = [photo(i, 40) for i in range(6)]
     augmentation = Augmentation((0.3, 1.0), jitter=0.2)
     ours = ClassifyViews(16, augmentation)(images, SEEDS[:6])["image"]
-    assert torch.equal(ours, resized(augmentation(images, SEEDS[:6]), 6, (16, InterpolationMode.BICUBIC))[0])
+    assert torch.equal(ours, resized(augmentation(images, SEEDS[:6]), 6, (16, "bicubic"))[0])
 
 
 def test_normalization_is_torchvisions():
