@@ -14,11 +14,11 @@ from typing import Any
 import braceexpand
 import numpy as np
 
-from mimetic.data.decode import channels_of, decode, silence_pillow
+from mimetic.data.decode import channels_of, silence_pillow
 from mimetic.data.index import Part, write_index
 from mimetic.data.items import as_line, as_text
 from mimetic.data.labels import number_labels
-from mimetic.data.moments import MEASURED, Moments
+from mimetic.data.moments import Moments, evenly, how_many_measured, pixels_to_measure
 from mimetic.data.shards import make_part
 from mimetic.data.tars import Sample, Scan, is_packed_tar, local_file, scan
 from mimetic.data.workers import Tally, run_all
@@ -190,13 +190,14 @@ class Look:
 
 
 def _measure(places: list[str], scans: list[Scan], channels: int | None, workers: int) -> dict[str, Any]:
-    """What index.json says of images: from up to MEASURED of them, as many from each shard."""
+    """What index.json says of images: from some of them, evenly spread."""
+    starts = np.cumsum([0, *(len(found.samples) for found in scans)])
+    size = sum(sample.size for found in scans for sample in found.samples)
+    chosen = evenly(int(starts[-1]), how_many_measured(int(starts[-1]), size))
     looks = []
-    for number, (place, found) in enumerate(zip(places, scans, strict=True)):
-        share = MEASURED * (number + 1) // len(places) - MEASURED * number // len(places)
-        count = min(share, len(found.samples))
-        if count:
-            looks.append(Look(place, [found.samples[i * len(found.samples) // count] for i in range(count)], channels))
+    for place, found, begin, end in zip(places, scans, starts[:-1], starts[1:], strict=True):
+        if len(here := chosen[(begin <= chosen) & (chosen < end)] - begin):
+            looks.append(Look(place, [found.samples[i] for i in here], channels))
     by_channels: dict[int, Moments] = {}
     for part in run_all(_look, looks, workers):
         for number, moments in part.items():
@@ -220,7 +221,7 @@ def _look(look: Look, tally: Tally) -> dict[int, Moments]:
             content = os.pread(file.fileno(), sample.size, sample.offset)
             channels = look.channels or channels_of(io.BytesIO(content))
             try:
-                by_channels.setdefault(channels, Moments(channels)).add(np.asarray(decode(content, channels)))
+                by_channels.setdefault(channels, Moments(channels)).add(pixels_to_measure(content, channels))
             except ValueError:  # `mimetic check` names them
                 continue
             tally.add(0, 0)
