@@ -205,9 +205,9 @@ def _measure(places: list[str], scans: list[Scan], channels: int | None, workers
     if not by_channels:
         raise DataError(f"{places[0]} ...: none of the {sum(len(look.samples) for look in looks)} images looked at can be decoded")
     most = max(by_channels, key=lambda number: by_channels[number].images)
-    chosen = most if most not in (1, 3) else max(number for number in by_channels if number in (1, 3))
-    whole = by_channels[chosen]
-    if chosen == 3 and (grey := by_channels.get(1)):
+    common = most if most not in (1, 3) else max(number for number in by_channels if number in (1, 3))
+    whole = by_channels[common]
+    if common == 3 and (grey := by_channels.get(1)):
         whole.merge(Moments(3, grey.images, grey.pixels, grey.total * 3, grey.squares * 3))
     return whole.summary()
 
