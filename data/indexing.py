@@ -15,12 +15,12 @@ import braceexpand
 import numpy as np
 
 from mimetic.data.cache import ShardCache, cache_folder
-from mimetic.data.decode import channels_of, decode, silence_pillow
+from mimetic.data.decode import channels_of, silence_pillow
 from mimetic.data.fetch import is_address
 from mimetic.data.index import Part, write_index
 from mimetic.data.packing.items import as_line, as_text
 from mimetic.data.packing.labels import number_labels
-from mimetic.data.packing.moments import MEASURED, Moments
+from mimetic.data.packing.moments import Moments, evenly, how_many_measured, pixels_to_measure
 from mimetic.data.packing.shards import make_part
 from mimetic.data.packing.tars import Sample, Scan, is_packed_tar, local_file, scan
 from mimetic.data.packing.workers import Tally, run_all
@@ -197,14 +197,14 @@ class Look:
 
 
 def _measure(places: list[str], scans: list[Scan], channels: int | None, workers: int) -> dict[str, Any]:
-    """What index.json says of images: from up to MEASURED of them, as many from each shard."""
+    """What index.json says of images: from some of them, evenly spread."""
+    starts = np.cumsum([0, *(len(found.samples) for found in scans)])
+    size = sum(sample.size for found in scans for sample in found.samples)
+    chosen = evenly(int(starts[-1]), how_many_measured(int(starts[-1]), size))
     looks = []
-    for number, (place, found) in enumerate(zip(places, scans, strict=True)):
-        share = MEASURED * (number + 1) // len(places) - MEASURED * number // len(places)
-        count = min(share, len(found.samples))
-        if count:
-            chosen = [found.samples[i * len(found.samples) // count] for i in range(count)]
-            looks.append(Look(place, found.bytes, found.sha256, chosen, channels))
+    for place, found, begin, end in zip(places, scans, starts[:-1], starts[1:], strict=True):
+        if len(here := chosen[(begin <= chosen) & (chosen < end)] - begin):
+            looks.append(Look(place, found.bytes, found.sha256, [found.samples[i] for i in here], channels))
     by_channels: dict[int, Moments] = {}
     for part in run_all(_look, looks, workers):
         for number, moments in part.items():
@@ -212,9 +212,9 @@ def _measure(places: list[str], scans: list[Scan], channels: int | None, workers
     if not by_channels:
         raise DataError(f"{places[0]} ...: none of the {sum(len(look.samples) for look in looks)} images looked at can be decoded")
     most = max(by_channels, key=lambda number: by_channels[number].images)
-    settled = most if most not in (1, 3) else max(number for number in by_channels if number in (1, 3))
-    whole = by_channels[settled]
-    if settled == 3 and (grey := by_channels.get(1)):
+    common = most if most not in (1, 3) else max(number for number in by_channels if number in (1, 3))
+    whole = by_channels[common]
+    if common == 3 and (grey := by_channels.get(1)):
         whole.merge(Moments(3, grey.images, grey.pixels, grey.total * 3, grey.squares * 3))
     return whole.summary()
 
@@ -228,7 +228,7 @@ def _look(look: Look, tally: Tally) -> dict[int, Moments]:
             content = os.pread(file.fileno(), sample.size, sample.offset)
             channels = look.channels or channels_of(io.BytesIO(content))
             try:
-                by_channels.setdefault(channels, Moments(channels)).add(np.asarray(decode(content, channels)))
+                by_channels.setdefault(channels, Moments(channels)).add(pixels_to_measure(content, channels))
             except ValueError:  # `mimetic check` names them
                 continue
             tally.add(0, 0)

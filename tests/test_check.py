@@ -130,6 +130,11 @@ def test_progress_has_rates_and_the_time_left(monkeypatch, capsys):
     for done in (100, 110, 600, 700):
         tell(done, done * 10**6, 1000, 10**9)
     assert capsys.readouterr().out == "600/1,000  50 images/s  50.0 MB/s  8 s left\n"
+    clock = iter([0.0, 10.0])
+    tell = workers_module.Teller()
+    for done in (0, 600):
+        tell(done, done * 10**6, 0, 0)
+    assert capsys.readouterr().out == "600 samples  60 images/s  60.0 MB/s\n"
 
 
 # Several processes

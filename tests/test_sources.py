@@ -16,6 +16,7 @@ from mimetic.data.decode import decode
 from mimetic.data.index import Index, open_index
 from mimetic.data.pack import pack
 from mimetic.data.packing.items import key_maker
+from mimetic.data.packing.moments import LARGE, evenly, how_many_measured, pixels_to_measure
 from mimetic.data.packing.plan import MOST_SAMPLES
 from mimetic.engine.errors import DataError, SettingError
 
@@ -316,3 +317,18 @@ def test_statistics_of_many_images_come_from_some_of_them(tmp_path, monkeypatch)
     index = packed(grey_folder(tmp_path / "src", 50), tmp_path / "out", samples_per_shard=7)
     assert json.loads((tmp_path / "out/index.json").read_text())["image"]["measured"] == 16
     assert abs(index.mean[0] - 0.5) < 0.03
+
+
+def test_few_large_images_are_measured_and_large_photographs_at_a_part_of_their_size(tmp_path):
+    sets = {(10, 10): 10, (9000, 9000 * 48_000): 512, (9000, 9000 << 20): 64, (50, 50 << 30): 50}
+    assert {given: how_many_measured(*given) for given in sets} == sets
+    assert evenly(10, 5).tolist() == [0, 2, 4, 6, 8]
+    smooth = np.asarray(Image.fromarray(noise(1, 12, 16, 3)).resize((1600, 1200), Image.Resampling.BICUBIC)).astype(int)
+    content = encoded((smooth + noise(2, 1200, 1600, 3) // 8).clip(0, 255).astype(np.uint8), "jpeg", quality=95)
+    assert len(content) > LARGE
+    whole, part = np.asarray(decode(content, 3)), pixels_to_measure(content, 3)
+    assert part.shape == (3, 600, 800)
+    np.testing.assert_allclose(part.mean((1, 2)), whole.mean((1, 2)), atol=1)
+    np.testing.assert_allclose(part.std((1, 2)), whole.std((1, 2)), rtol=0.05)
+    with pytest.raises(ValueError, match="truncated"):
+        pixels_to_measure(content[:-1000], 3)

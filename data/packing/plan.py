@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from mimetic.data.packing.items import Item
-from mimetic.data.packing.moments import measured_places
+from mimetic.data.packing.moments import evenly, how_many_measured
 from mimetic.data.packing.outfolder import SIDES
 from mimetic.data.packing.reencode import Encoding
 from mimetic.data.packing.shards import Shard
@@ -67,10 +67,10 @@ def shuffled(side: Side) -> list[Item]:
 def plan_shards(side: Side, done: Path, channels: int, allowed: int, options: Options) -> list[Shard]:
     """The shards of a side; their accounts go to the folder `done`."""
     items = shuffled(side)
-    mean = max(1, sum(item.size for item in items) // len(items))
-    step = options.samples_per_shard or max(1, min(MOST_SAMPLES, MOST_BYTES // mean))
+    size = max(1, sum(item.size for item in items))
+    step = options.samples_per_shard or max(1, min(MOST_SAMPLES, MOST_BYTES * len(items) // size))
     every = all(item.pixels_HW is not None for item in items)  # as good as free
-    measured = np.arange(len(items)) if every else measured_places(len(items))
+    measured = evenly(len(items), len(items) if every else how_many_measured(len(items), size))
     shards = []
     for number, begin in enumerate(range(0, len(items), step)):
         name = f"shard-{number:05d}"

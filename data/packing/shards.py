@@ -15,7 +15,7 @@ import numpy as np
 from mimetic.data.decode import decode, silence_pillow
 from mimetic.data.index import ROW, UNLABELLED, Part
 from mimetic.data.packing.items import Item, as_line
-from mimetic.data.packing.moments import Moments
+from mimetic.data.packing.moments import Moments, pixels_to_measure
 from mimetic.data.packing.reencode import Encoding
 from mimetic.data.packing.structure import is_whole
 from mimetic.data.packing.workers import Tally
@@ -148,7 +148,7 @@ def _read(item: Item, shard: Shard, moments: Moments | None) -> tuple[bytes, str
     if moments is not None and item.pixels_HW is not None and channels == 1:
         moments.add(item.pixels_HW[None])
     elif moments is not None:
-        moments.add(np.asarray(decode(content, channels)))
+        moments.add(pixels_to_measure(content, channels))
     elif channels not in (1, 3) or not is_whole(content):
         decode(content, channels)
     return content, extension

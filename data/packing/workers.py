@@ -136,7 +136,7 @@ class Teller:
         self.told = 0.0
 
     def __call__(self, images: int, size: int, all_images: int, all_bytes: int) -> None:
-        """Images and bytes that are done, and of how many; the first call says what was there before."""
+        """Images and bytes that are done, and of how many (0: not known); the first call says what was there before."""
         now = time.perf_counter()
         if self.started is None:
             self.started, self.told = (now, images, size), now
@@ -145,4 +145,6 @@ class Teller:
             seconds = now - self.started[0]
             rate = (size - self.started[2]) / seconds
             pace = f"{(images - self.started[1]) / seconds:,.0f} images/s  {rate / 1e6:,.1f} MB/s"
-            print(f"{images:,}/{all_images:,}  {pace}  {max(0, all_bytes - size) / rate:,.0f} s left", flush=True)
+            total = f"/{all_images:,}" if all_images else " samples"
+            left = f"  {max(0, all_bytes - size) / rate:,.0f} s left" if all_bytes else ""
+            print(f"{images:,}{total}  {pace}{left}", flush=True)
