@@ -153,7 +153,7 @@ def test_jitter_is_torchvisions_to_a_few_grey_levels(factors, order):
         expected = image
         for i in order:
             if i < 2 or len(image) == 3:
-                expected = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[i](expected, factors[i])
+                expected = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[i](expected, float(factors[i]))
         error = (jittered(image, np.array(factors), np.array(order)).int() - expected.int()).abs().float()
         assert error.max() <= (4 if max(factors) <= 1.4 else 7)  # a level lost in one step grows in the next
         assert error.mean() <= (0.8 if max(factors) <= 1.4 else 1.2)
