@@ -54,10 +54,10 @@ def open_shards(index: "str | Path", batch_size: int, *, rank: int = 0, world: i
                 epoch: int = 0, shuffle: bool = True, tail: str = "pad") -> "ShardStream":  # fmt: skip
     """Batches of decoded images (dicts with `image`, `label`, `keys`, `valid`); see `mimetic.data.stream.ShardStream`.
 
-    `index` is an `index.json`, the folder that holds it, or the address of either (http, https, s3, gs, hf).
+    `index` is an `index.json`, the folder that holds it, the address of either (http, https, s3, gs, hf), or a pattern of tars.
     """
-    from mimetic.data.index import open_index
+    from mimetic.data.opening import open_set
     from mimetic.data.stream import ShardStream
 
-    return ShardStream(open_index(index), batch_size, rank=rank, world=world, workers=workers, seed=seed, epoch=epoch,
+    return ShardStream(open_set(index), batch_size, rank=rank, world=world, workers=workers, seed=seed, epoch=epoch,
                        shuffle=shuffle, tail=tail)  # fmt: skip

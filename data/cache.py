@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from mimetic.data.fetch import fetch, spool
+from mimetic.data.fetch import fetch
 from mimetic.engine.errors import DataError, SettingError, disk_is_full
 
 LIMIT = 100 * 10**9  # bytes; `data.cache_gb` has the same default
@@ -46,7 +46,7 @@ class ShardCache:
         """The local copy of a file, fetched if it is not here.
 
         Args:
-            address: as `mimetic.data.fetch.fetch` takes it, or `pipe:COMMAND` where the user has typed that.
+            address: as `mimetic.data.fetch.fetch` takes it.
             size: in bytes, where it is known.
             sha256: in hex, where it is known.
 
@@ -62,7 +62,7 @@ class ShardCache:
                 with self._part(file, size) as part:
                     if not _touched(file):
                         self._make_room(part)
-                        spool(address.removeprefix("pipe:"), part) if address.startswith("pipe:") else fetch(address, part, size, sha256)
+                        fetch(address, part, size, sha256)
                         with part.open("rb") as content:
                             os.fsync(content.fileno())
                         part.rename(file)

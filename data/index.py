@@ -137,14 +137,14 @@ class Part:
 
     Attributes:
         name: of the shard, relative to the index, or an address.
-        bytes: of the whole shard.
+        size: bytes of the whole shard.
         sha256: of the whole shard, in hex.
         rows: (n,) of ROW, where `key` counts from the first byte of `keys`.
         keys: each with a line feed after it.
     """
 
     name: str
-    bytes: int
+    size: int
     sha256: str
     rows: NDArray[Any]
     keys: bytes
@@ -175,7 +175,7 @@ def write_index(folder: Path, parts: Iterable[Part], samples: int, *, classes: l
             rows[place] = part.rows
             rows["key"][place] += np.uint64(begin)
             begin += keys.write(part.keys)
-            shards.append({"name": part.name, "samples": len(part.rows), "bytes": part.bytes, "sha256": part.sha256})
+            shards.append({"name": part.name, "samples": len(part.rows), "bytes": part.size, "sha256": part.sha256})
         keys.flush()
         os.fsync(keys.fileno())
     assert first == samples

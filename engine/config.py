@@ -70,6 +70,11 @@ class DataSettings:
                        canonical_streams=ranges.COUNT, shuffle_block=ranges.COUNT, cache_gb=ranges.POSITIVE)  # fmt: skip
 
     @property
+    def shuffling(self) -> dict[str, Any]:
+        """What fixes the order of samples, beside the seed: arguments of a stream."""
+        return {"canonical_streams": self.canonical_streams, "shuffle_block": self.shuffle_block}
+
+    @property
     def named(self) -> str:
         """What a message calls the data."""
         return self.index or " + ".join(self.mix)

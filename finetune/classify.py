@@ -42,12 +42,11 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
     held_out = open_held_out(recipe.evaluation.index, index, labelled=True)
     views, size = recipe.views, model.image_size[0]
     trained_on, measured_on = draw_apart(index, recipe.labels, held_out, recipe.evaluation.labels)
-    shuffling = {"canonical_streams": recipe.data.canonical_streams, "shuffle_block": recipe.data.shuffle_block}
     ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
     augmentation = Augmentation((views.crop_low, 1.0), views.shift, views.flip, views.jitter)
     stream = ShardStream(
         index, recipe.data.batch_size, seed=recipe.seed, tail="drop", subset=trained_on, transform=ClassifyViews(size, augmentation),
-        **ranks, **shuffling,
+        **ranks, **recipe.data.shuffling,
     )  # fmt: skip
     mixing = Mixing(len(index.classes), views.mixup, views.cutmix, recipe.seed)
     if recipe.distill.teacher:

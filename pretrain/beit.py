@@ -59,10 +59,9 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     normalize = Normalize(tuple(views.mean or index.mean), tuple(views.std or index.std)).for_channels(index.channels)
     objective = MaskedImageModeling(backbone, tokenizer, head, normalize, accelerator.device)
     augmentation = Augmentation((views.crop_low, views.crop_high), views.shift, views.flip, views.jitter)
-    shuffling = {"canonical_streams": recipe.data.canonical_streams, "shuffle_block": recipe.data.shuffle_block}
     ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
     training = PretrainViews(backbone.image_size[0], target_size, augmentation, masks)
-    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=training, **ranks, **shuffling)
+    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=training, **ranks, **recipe.data.shuffling)
 
     plain = PretrainViews(backbone.image_size[0], target_size, Augmentation((1.0, 1.0), flip=0.0), masks)
 

@@ -195,14 +195,6 @@ def test_a_full_disk_is_told_and_leaves_nothing(server, tmp_path):
     assert cache.fetched(f"{server.address}/1.tar", **of(1)).read_bytes() == content(1)
 
 
-def test_a_typed_command_is_spooled_and_its_failure_told(tmp_path):
-    cache = ShardCache(tmp_path / "cache")
-    (tmp_path / "x").write_bytes(content(1))
-    assert cache.fetched(f"pipe:cat {tmp_path}/x").read_bytes() == content(1)
-    with pytest.raises(DataError, match=r"pipe:cat .*/missing ended with code 1 \(cat: .*No such file"):
-        cache.fetched(f"pipe:cat {tmp_path}/missing")
-
-
 # A whole set of shards
 
 

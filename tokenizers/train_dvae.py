@@ -41,14 +41,13 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     if views.image_size % settings.stride:
         raise SettingError(f"views.image_size {views.image_size} is no multiple of dvae.stride {settings.stride}; use "
                            f"{max(1, views.image_size // settings.stride) * settings.stride}")  # fmt: skip
-    shuffling = {"canonical_streams": recipe.data.canonical_streams, "shuffle_block": recipe.data.shuffle_block}
     ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
     augment = ClassifyViews(views.image_size, Augmentation((views.crop_low, 1.0), flip=views.flip))
-    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=augment, **ranks, **shuffling)
+    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=augment, **ranks, **recipe.data.shuffling)
     dvae = DVAE(settings.vocab_size, settings.stride, index.channels, settings.width, settings.code_width, settings.depth)
     dvae.to(accelerator.device)
     if newest(invocation.out / "checkpoints", tell=False) is None:  # the same images on every rank and world
-        first = ShardStream(index, min(settings.seed_images, len(index)), seed=recipe.seed, transform=augment, **shuffling)
+        first = ShardStream(index, min(settings.seed_images, len(index)), seed=recipe.seed, transform=augment, **recipe.data.shuffling)
         dvae.seed_codebook(only_valid(next(first.run(1))).to(accelerator.device).float() / 255, recipe.seed)
         same_on_all_ranks(dvae.state_dict().values())  # sums on a GPU differ in their last bits, and k-means amplifies that
     objective = DVAEObjective(
