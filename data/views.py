@@ -24,7 +24,7 @@ from mimetic.engine.errors import SettingError
 CROP, FLIP, JITTER, SHIFT, MASK = range(5)  # what a draw is for: each has its own stream of numbers
 ATTEMPTS = 10
 
-Images = Sequence[Picture] | Sequence[torch.Tensor]  # uint8 (C, H, W) where they are tensors
+Images = Sequence[Picture | torch.Tensor]  # uint8 (C, H, W) where they are tensors
 
 
 def random_boxes(seeds_B: NDArray[np.uint64], sizes_B2: NDArray[np.int64], scale: tuple[float, float],
@@ -117,7 +117,7 @@ class ClassifyViews:
     def __call__(self, images: Images, seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
         """Args as in `mimetic.data.stream.Transform`."""
         if self.augmentation is None:
-            crops = (cropped(image, _centre(*image.shape[-2:]), self.image_size) for image in images)
+            crops: Iterator[torch.Tensor] = (cropped(image, _centre(*image.shape[-2:]), self.image_size) for image in images)
         else:
             crops = self.augmentation(images, seeds_B, self.image_size)
         (image_BCHW,) = resized(crops, len(images), (self.image_size, "bicubic"))

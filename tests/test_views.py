@@ -2,6 +2,7 @@
 
 import io
 from collections import Counter
+from itertools import permutations
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 from mimetic.data.decode import Picture
+from mimetic.data.jitter import jittered
 from mimetic.data.masks import BlockMasks
 from mimetic.data.randomness import mix, uniform
 from mimetic.data.views import FLIP, JITTER, Augmentation, ClassifyViews, Normalize, PretrainViews, random_boxes, resized
@@ -141,6 +143,20 @@ def test_jitter_changes_contrast_and_saturation_as_torchvision_does():
         theirs.append([float(spread), float(saturation)])
     for ours, expected in zip(np.transpose(seen), np.transpose(theirs), strict=True):
         assert stats.ks_2samp(ours, expected).pvalue > 0.001
+
+
+@pytest.mark.parametrize("order", list(permutations(range(3))), ids=str)
+@pytest.mark.parametrize("factors", [(1.4, 0.6, 1.4), (0.6, 1.4, 0.6), (1.3, 1.4, 1.4), (2, 2, 2), (0, 0, 0), (1, 1, 1)], ids=str)
+def test_jitter_is_torchvisions_to_a_few_grey_levels(factors, order):
+    """Noise meets every clamp; more pixels than are worked on at a time, in lines that no power of two divides."""
+    for image in (torch.from_numpy(noise(1, 3, 131, 227)), photo(2, 33), torch.zeros(3, 8, 8, dtype=torch.uint8), photo(3, 20)[:1]):
+        expected = image
+        for i in order:
+            if i < 2 or len(image) == 3:
+                expected = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation)[i](expected, float(factors[i]))
+        error = (jittered(image, np.array(factors), np.array(order)).int() - expected.int()).abs().float()
+        assert error.max() <= (4 if max(factors) <= 1.4 else 7)  # a level lost in one step grows in the next
+        assert error.mean() <= (0.8 if max(factors) <= 1.4 else 1.2)
 
 
 # Both views
