@@ -5,11 +5,9 @@ Plain JPEGs are read by libjpeg-turbo itself (`mimetic.data.jpeg`), arrays by nu
 
 import io
 import warnings
-from collections.abc import Callable
 from typing import BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
@@ -19,8 +17,8 @@ NPY_MAGIC = b"\x93NUMPY"
 MODES = {1: "L", 3: "RGB"}
 
 
-def decode(content: bytes, channels: int) -> torch.Tensor:
-    """uint8 (C, H, W) from an encoded picture, or from an `.npy` of shape (H, W), (H, W, C).
+def decode(content: bytes, channels: int) -> NDArray[np.uint8]:
+    """(C, H, W) from an encoded picture, or from an `.npy` of shape (H, W), (H, W, C).
 
     EXIF orientation is applied; grey, palette and alpha pictures are brought to `channels`, 16-bit grey is scaled to 8 bits.
     Pictures are read up to Pillow's limit of 179 million pixels; beyond it they are to be cut into tiles.
@@ -29,62 +27,8 @@ def decode(content: bytes, channels: int) -> torch.Tensor:
         ValueError: the bytes are no picture, or not of this many channels.
     """
     jpeg = Jpeg.of(content, channels)
-    array = _array(content, channels) if jpeg is None else _jpeg_crop(jpeg, channels, (0, 0, *jpeg.size))
-    return torch.from_numpy(np.array(array.transpose(2, 0, 1), order="C"))  # a copy: Pillow's memory is read-only
-
-
-class Picture:
-    """An encoded picture: its size at once, its pixels when a box of it is asked for.
-
-    A JPEG stays encoded until then, so that no more of it is decoded than a view needs. What cannot be read is black and
-    8x8 pixels large, so that a batch keeps its shape; whoever made the picture looks at `failed` afterwards.
-
-    Args:
-        content: as `decode` takes it.
-        channels: C.
-
-    Attributes:
-        shape: (C, H, W), upright.
-        failed: the bytes are no picture, or not of this many channels. Final once pixels were asked for.
-    """
-
-    def __init__(self, content: bytes, channels: int) -> None:
-        self._jpeg, self._channels, self.failed = Jpeg.of(content, channels), channels, False
-        if self._jpeg is None:
-            self._pixels = self._or_black(lambda: _channels_first(np.array(_array(content, channels))))
-        self.shape = (channels, *(self._jpeg.size if self._jpeg else self._pixels.shape[1:]))
-
-    def crop(self, box: Box, smallest: int | None = None) -> torch.Tensor:
-        """uint8 (C, h, w): what lies in a box, smaller where it is a JPEG's and has more than `smallest` pixels a side.
-
-        Args as in `Jpeg.crop`.
-        """
-        jpeg = self._jpeg
-        if jpeg is None:
-            return cut(self._pixels, box)
-        return self._or_black(lambda: _channels_first(_jpeg_crop(jpeg, self._channels, box, smallest)))
-
-    def pixels(self) -> torch.Tensor:
-        """uint8 (C, H, W): all of it."""
-        return self.crop((0, 0, *self.shape[1:])).contiguous()
-
-    def _or_black(self, read: Callable[[], torch.Tensor]) -> torch.Tensor:
-        try:
-            return read()
-        except ValueError:
-            self.failed = True
-            return torch.zeros(self._channels, 8, 8, dtype=torch.uint8)
-
-
-def _channels_first(array_HWC: NDArray[np.uint8]) -> torch.Tensor:
-    """(C, H, W), in memory as it was: what resizes fastest."""
-    return torch.from_numpy(array_HWC).permute(2, 0, 1)
-
-
-def cut(image_CHW: torch.Tensor, box: Box) -> torch.Tensor:
-    """What lies in a box."""
-    top, left, height, width = box
-    return image_CHW[..., top : top + height, left : left + width]
+    array = by_pillow(content, channels) if jpeg is None else jpeg_crop(jpeg, channels, (0, 0, *jpeg.size))
+    return np.array(array.transpose(2, 0, 1), order="C")  # a copy: Pillow's memory is read-only
 
 
 def open_picture(content: bytes) -> Image.Image:
@@ -138,16 +82,25 @@ def channels_of(file: BinaryIO) -> int:
         return 0
 
 
-def _jpeg_crop(jpeg: Jpeg, channels: int, box: Box, smallest: int | None = None) -> NDArray[np.uint8]:
+def jpeg_crop(jpeg: Jpeg, channels: int, box: Box, smallest: int | None = None) -> NDArray[np.uint8]:
+    """(h, w, C): what lies in a box, by libjpeg if it can, else by Pillow. Args as in `Jpeg.crop`.
+
+    Raises:
+        ValueError: neither can.
+    """
     try:
         return jpeg.crop(box, smallest)
     except ValueError:  # libjpeg was told to stop at the least doubt
         top, left, height, width = box
-        return np.array(_array(jpeg.content, channels)[top : top + height, left : left + width])
+        return np.array(by_pillow(jpeg.content, channels)[top : top + height, left : left + width])
 
 
-def _array(content: bytes, channels: int) -> NDArray[np.uint8]:
-    """(H, W, C) by numpy or Pillow, upright."""
+def by_pillow(content: bytes, channels: int) -> NDArray[np.uint8]:
+    """(H, W, C), upright: a picture by Pillow, an array by numpy.
+
+    Raises:
+        ValueError: the bytes are neither, or not of this many channels.
+    """
     is_array = content.startswith(NPY_MAGIC)
     array = open_array(content) if is_array else _eight_bits(open_picture(content), MODES.get(channels, "RGB"))
     if array.shape[-1] != channels:

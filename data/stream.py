@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset
 
 from mimetic.data.batches import BatchPlan
-from mimetic.data.decode import Picture, silence_pillow
+from mimetic.data.decode import silence_pillow
 from mimetic.data.index import Index
 from mimetic.data.mixture import Mixture
 from mimetic.data.order import CANONICAL_STREAMS, SHUFFLE_BLOCK
+from mimetic.data.picture import Picture
 from mimetic.data.randomness import mix
 from mimetic.data.readahead import read_ahead
 from mimetic.engine.errors import CheckpointError, MimeticError, SettingError

@@ -12,10 +12,11 @@ from imagesets import encoded, folder_of, noise
 from PIL import Image, ImageFilter, ImageOps
 from sklearn.datasets import load_sample_images
 
-from mimetic.data.decode import Picture, decode
+from mimetic.data.decode import decode
 from mimetic.data.index import open_index
 from mimetic.data.jpeg import UPRIGHT, Jpeg
 from mimetic.data.pack import pack
+from mimetic.data.picture import Picture
 from mimetic.data.stream import ShardStream
 from mimetic.data.views import Augmentation, PretrainViews
 
@@ -54,7 +55,7 @@ def test_whole_pictures_are_pillows_to_the_last_bit(content):
     for channels, mode in ((3, "RGB"), (1, "L")):
         expected = by_pillow(content, mode)
         picture = Picture(content, channels)
-        assert torch.equal(decode(content, channels), expected)
+        assert torch.equal(torch.from_numpy(decode(content, channels)), expected)
         assert picture.shape == expected.shape
         assert torch.equal(picture.pixels(), expected)
         height, width = expected.shape[1:]
@@ -86,7 +87,7 @@ def test_what_libjpeg_turns_down_is_left_to_pillow(monkeypatch):
     monkeypatch.setattr(simplejpeg, "decode_jpeg", refuse)
     picture = Picture(content, 3)
     assert torch.equal(picture.crop(box, 10), expected)
-    assert torch.equal(decode(content, 3), by_pillow(content))
+    assert torch.equal(torch.from_numpy(decode(content, 3)), by_pillow(content))
     assert not picture.failed
 
 

@@ -62,7 +62,7 @@ def test_an_index_says_what_webdataset_reads(tars):
     assert contents(index) == {key: sample["jpg"] for key, sample in read.items()}
     assert labels(index) == {key: sample["cls"].decode() for key, sample in read.items()}
     assert index.channels == 3
-    pixels = np.concatenate([np.asarray(decode(index.read(i), 3)).reshape(3, -1) for i in range(15)], 1) / 255
+    pixels = np.concatenate([decode(index.read(i), 3).reshape(3, -1) for i in range(15)], 1) / 255
     np.testing.assert_allclose(index.mean, pixels.mean(1), atol=1e-6)
     np.testing.assert_allclose(index.std, pixels.std(1), atol=1e-6)
     assert json.loads((tars / "index.json").read_text())["image"]["measured"] == 15
@@ -151,7 +151,7 @@ def test_colour_counts_wherever_it_is_among_the_measured(tmp_path):
     tar_of(tmp_path / "t.tar", samples(0, 4, colour=False) | samples(4, 5))
     assert index_tars([tmp_path])["image"]["channels"] == 3
     index = open_index(tmp_path)
-    pixels = np.concatenate([np.asarray(decode(index.read(i), 3)).reshape(3, -1) for i in range(5)], 1) / 255
+    pixels = np.concatenate([decode(index.read(i), 3).reshape(3, -1) for i in range(5)], 1) / 255
     np.testing.assert_allclose(index.mean, pixels.mean(1), atol=1e-6)
     assert index_tars([tmp_path], channels=1)["image"]["channels"] == 1
 

@@ -15,9 +15,9 @@ from sklearn.datasets import load_sample_images
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
-from mimetic.data.decode import Picture
 from mimetic.data.jitter import jittered
 from mimetic.data.masks import BlockMasks
+from mimetic.data.picture import Picture
 from mimetic.data.randomness import mix, uniform
 from mimetic.data.views import FLIP, JITTER, Augmentation, ClassifyViews, Normalize, PretrainViews, random_boxes, resized
 

@@ -80,4 +80,4 @@ def pixels_to_measure(content: bytes, channels: int) -> NDArray[np.uint8]:
             picture.draft(MODES[channels], (512, 512))
             array = np.asarray(picture.convert(MODES[channels]))
             return np.atleast_3d(array).transpose(2, 0, 1)
-    return np.asarray(decode(content, channels))
+    return decode(content, channels)

@@ -3,7 +3,6 @@
 import io
 from dataclasses import dataclass
 
-import numpy as np
 from PIL import Image
 
 from mimetic.data.decode import decode
@@ -53,7 +52,7 @@ class Encoding:
         """
         own = next((name for name, endings in FORMATS.items() if extension in endings), None)
         form = self.format or own or "png"
-        image_CHW = np.asarray(decode(content, channels))
+        image_CHW = decode(content, channels)
         height, width = image_CHW.shape[1:]
         short = min(height, width)
         smaller = self.short_side is not None and short > self.short_side
