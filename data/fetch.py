@@ -22,6 +22,7 @@ from mimetic.engine.errors import DataError, disk_is_full
 CHUNK = 1 << 20
 STALL = 30.0  # seconds without a byte, after which a connection counts as lost
 PATIENCE = 300.0  # seconds without a byte, over all tries, after which we give up
+TELL = 5.0  # seconds without a byte, after which we say what we are waiting for
 WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds between tries; the last one repeats
 TRY_AGAIN = (408, 425, 429)  # of the 4xx answers, those that say "later"
 EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
@@ -32,7 +33,7 @@ def is_address(name: str) -> bool:
     return "://" in name
 
 
-def fetch(address: str, part: Path, size: int | None = None, sha256: str | None = None) -> str:
+def fetch(address: str, part: Path, size: int | None = None, sha256: str | None = None, patience: float | None = None) -> str:
     """Brings a file to `part`, going on with the bytes that are there.
 
     Args:
@@ -40,16 +41,17 @@ def fetch(address: str, part: Path, size: int | None = None, sha256: str | None 
         part: where to; the caller renames it when all is well.
         size: in bytes, where it is known.
         sha256: in hex, where it is known. A file of another hash is fetched once more, then refused.
+        patience: seconds without a byte after which it is given up; PATIENCE if left out.
 
     Returns:
         The sha256 of the whole.
 
     Raises:
-        DataError: it is not there, it cannot be reached for PATIENCE seconds, it is of another hash, or the disk is full.
+        DataError: it is not there, no byte came for so long, it is of another hash, or the disk is full.
     """
     for last in (False, True):
         try:
-            found = _fetched(address, part, size)
+            found = _fetched(address, part, size, PATIENCE if patience is None else patience)
         except OSError as error:
             if disk_is_full(error):
                 os.truncate(part, 0)
@@ -64,13 +66,13 @@ def fetch(address: str, part: Path, size: int | None = None, sha256: str | None 
     raise AssertionError
 
 
-def _fetched(address: str, part: Path, size: int | None) -> str:
+def _fetched(address: str, part: Path, size: int | None, patience: float) -> str:
     digest = hashlib.sha256()
     with part.open("ab+") as file:
         file.seek(0)
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-        alive, tries = time.monotonic(), 0
+        alive, tries, told = time.monotonic(), 0, False
         while size is None or file.tell() < size:
             began = file.tell()
             try:
@@ -82,7 +84,7 @@ def _fetched(address: str, part: Path, size: int | None) -> str:
                     while chunk := _read(stream):
                         file.write(chunk)
                         digest.update(chunk)
-                        alive, tries = time.monotonic(), 0
+                        alive, tries, told = time.monotonic(), 0, False
                 file.flush()
                 whole = total if size is None else size
                 if whole is None or file.tell() >= whole:
@@ -92,9 +94,13 @@ def _fetched(address: str, part: Path, size: int | None) -> str:
                 lost = error.args[0]
             except ConnectionError as error:
                 lost = str(error)
-            if time.monotonic() - alive > PATIENCE:
-                raise DataError(f"{address} cannot be fetched: no byte for {PATIENCE:.0f} s ({lost}); what came is kept: see to the "
-                                "network, and give the same command")  # fmt: skip
+            waited = time.monotonic() - alive
+            if waited > patience:
+                raise DataError(f"{address} cannot be fetched: no byte for {patience:.0f} s ({lost}); see to the address and the network, "
+                                "and give the same command: what has come is kept")  # fmt: skip
+            if waited > TELL and not told:
+                print(f"waiting up to {patience:.0f} s for {address} ({lost})", flush=True)
+                told = True
             time.sleep(WAITS[min(tries, len(WAITS) - 1)])
             tries += 1
         file.flush()

@@ -28,6 +28,7 @@ from mimetic.engine.errors import DataError
 
 VERSION = 2
 ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("key", "<u8")])
+AT_START = 20.0  # seconds: a wrong address is known soon, where a training under way waits longer for its network
 OPEN_SHARDS = 128  # file descriptors are few: often 1024 for a process, 256 on macOS
 UNLABELLED = -1
 REPAIR = "pack it again with `mimetic pack`, or index the tars again with `mimetic index`"
@@ -244,7 +245,7 @@ def _index_file(path: str) -> str:
 def _fetched_now(address: str, cache: ShardCache) -> bytes:
     """A small file from elsewhere, as it is now."""
     with tempfile.TemporaryDirectory() as folder:
-        fetch(address, Path(folder, "index.json"))
+        fetch(address, Path(folder, "index.json"), patience=AT_START)
         return Path(folder, "index.json").read_bytes()
 
 

@@ -102,10 +102,13 @@ def test_what_will_not_pass_is_said_at_once(server, tmp_path, fault, told):
         fetch(f"{server.address}/1.tar", tmp_path / "part")
 
 
-def test_a_server_that_stays_away_is_named_after_a_while(tmp_path, monkeypatch):
+def test_a_server_that_stays_away_is_told_of_and_named_after_a_while(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fetch_module, "PATIENCE", 0.5)
+    monkeypatch.setattr(fetch_module, "TELL", 0.1)
+    monkeypatch.setattr(fetch_module, "WAITS", (0.05,))
     with pytest.raises(DataError, match=r"http://127.0.0.1:9/x.tar cannot be fetched: no byte for 0 s .*refused"):
         fetch("http://127.0.0.1:9/x.tar", tmp_path / "part")
+    assert capsys.readouterr().out.count("waiting up to 0 s for http://127.0.0.1:9/x.tar (") == 1
 
 
 def test_fsspec_reads_other_places_and_names_those_it_cannot(tmp_path, monkeypatch):
