@@ -22,8 +22,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from mimetic.data.batches import BatchPlan
-from mimetic.data.index import ROW, Part, write_index
+from mimetic.data.index import ROW
 from mimetic.data.order import Shuffled
+from mimetic.data.packing.writing import Part, write_index
 
 CHILD = """
 import os, resource, sys, time

@@ -7,22 +7,24 @@ A reader that has one of those open keeps it: on POSIX systems an unlinked file 
 import fcntl
 import hashlib
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from mimetic.data.fetch import fetch
+from mimetic.data.fetch import fetch, shown
 from mimetic.engine.errors import DataError, SettingError, disk_is_full
 
 LIMIT = 100 * 10**9  # bytes; `data.cache_gb` has the same default
+OURS = re.compile(r"[0-9a-f]{40}\.(?:tar|(\d+)\.part)")  # whatever else is in the folder is somebody's
 
 
 def cache_folder() -> Path:
     """Where fetched shards are kept unless `data.cache` says otherwise: $XDG_CACHE_HOME/mimetic/shards."""
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "mimetic" / "shards"
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "mimetic" / "shards"
 
 
 @dataclass(frozen=True)
@@ -55,10 +57,10 @@ class ShardCache:
             SettingError: it is larger than the cache, or the folder cannot be written.
         """
         file = self.file(address, sha256)
-        if not _touched(file):
-            if size is not None and size > self.limit:
-                raise SettingError(f"data.cache_gb is {self.limit / 1e9:g}, but {address} alone has {size / 1e9:.3g} GB; raise it")
-            try:
+        if size is not None and size > self.limit:
+            raise SettingError(f"data.cache_gb is {self.limit / 1e9:g}, but {shown(address)} alone has {size / 1e9:.3g} GB; raise it")
+        try:
+            if not _touched(file):
                 with self._part(file, size) as part:
                     if not _touched(file):
                         self._make_room(part)
@@ -66,10 +68,10 @@ class ShardCache:
                         with part.open("rb") as content:
                             os.fsync(content.fileno())
                         part.rename(file)
-            except OSError as error:
-                if disk_is_full(error):
-                    raise DataError(f"{self.folder}: the disk is full; free some space, or give data.cache another folder") from None
-                raise SettingError(f"{self.folder} cannot be written ({error.strerror or error}); give data.cache another folder") from None
+        except OSError as error:
+            if disk_is_full(error):
+                raise DataError(f"{self.folder}: the disk is full; free some space, or give data.cache another folder") from None
+            raise SettingError(f"{self.folder} cannot be written ({error.strerror or error}); give data.cache another folder") from None
         return file
 
     def name_by_content(self, address: str, sha256: str) -> None:
@@ -86,8 +88,7 @@ class ShardCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         part = file.with_suffix(f".{size or 0}.part")
         while True:
-            with part.open("ab") as held:
-                fcntl.flock(held, fcntl.LOCK_EX)
+            with _locked(part) as held:
                 if not _is_at(held, part):  # finished or cleared away while we waited
                     continue
                 try:
@@ -98,36 +99,52 @@ class ShardCache:
                 return
 
     def _make_room(self, part: Path) -> None:
-        """Removes the copies that were read longest ago until all that is here and on its way fits."""
+        """Removes the copies that were read longest ago until all that is here and on its way fits.
+
+        No more than what is to come takes the place of; where that is not enough, others are fetching, and what they finish can give
+        way. The first by name never waits, so all get on.
+        """
+        freed = 0
         while True:
-            with (self.folder / "evicting").open("a") as held:
-                fcntl.flock(held, fcntl.LOCK_EX)
+            with _locked(self.folder / "evicting"):
                 copies, under_way = self._contents()
                 excess = sum(entry.st_size for _, entry in copies) + sum(under_way.values()) - self.limit
+                for other in [other for other in under_way if other != part and excess > 0]:
+                    excess -= _cleared(other) and under_way[other]
+                is_first = part == min(under_way)
                 for file, entry in sorted(copies, key=lambda copy: copy[1].st_mtime_ns):
-                    if excess <= 0:
-                        break
-                    file.unlink(missing_ok=True)
-                    excess -= entry.st_size
-                for left in [other for other in under_way if other != part]:
-                    if excess > 0 and _is_nobodys(left):
-                        excess -= under_way[left]
-                        left.unlink(missing_ok=True)
-            if excess <= 0 or part == min(under_way):
+                    if excess > 0 and (is_first or freed < under_way[part]):
+                        file.unlink(missing_ok=True)
+                        excess -= entry.st_size
+                        freed += entry.st_size
+            if excess <= 0 or is_first:
                 return
-            time.sleep(0.2)  # others are fetching, and what they finish can give way; the first by name never waits, so all get on
+            time.sleep(0.2)
 
     def _contents(self) -> tuple[list[tuple[Path, os.stat_result]], dict[Path, int]]:
         copies, under_way = [], {}
         for entry in os.scandir(self.folder):
-            try:
-                if entry.name.endswith(".tar"):
-                    copies.append((Path(entry.path), entry.stat()))
-                elif entry.name.endswith(".part"):
-                    under_way[Path(entry.path)] = max(int(entry.name.split(".")[-2]), entry.stat().st_size)
-            except FileNotFoundError:
-                continue
+            if name := OURS.fullmatch(entry.name):
+                try:
+                    status = entry.stat()
+                except FileNotFoundError:
+                    continue
+                if name[1] is None:
+                    copies.append((Path(entry.path), status))
+                else:
+                    under_way[Path(entry.path)] = max(int(name[1]), status.st_size)
         return copies, under_way
+
+
+@contextmanager
+def _locked(path: Path, mode: str = "ab", how: int = fcntl.LOCK_EX) -> Iterator[Any]:
+    """An open file that no other holds. It is unlocked by word: a worker that was forked meanwhile has it open too."""
+    with path.open(mode) as held:
+        fcntl.flock(held, how)
+        try:
+            yield held
+        finally:
+            fcntl.flock(held, fcntl.LOCK_UN)
 
 
 def _touched(file: Path) -> bool:
@@ -136,6 +153,8 @@ def _touched(file: Path) -> bool:
         os.utime(file)
     except (FileNotFoundError, NotADirectoryError):
         return False
+    except OSError:  # somebody else's
+        return os.access(file, os.R_OK)
     return True
 
 
@@ -146,11 +165,13 @@ def _is_at(held: BinaryIO, path: Path) -> bool:
         return False
 
 
-def _is_nobodys(part: Path) -> bool:
-    """Whether an unfinished copy was left by a process that is gone."""
+def _cleared(part: Path) -> bool:
+    """Removes an unfinished copy if the process that left it is gone."""
     try:
-        with part.open("ab") as held:
-            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
+        with _locked(part, "rb+", fcntl.LOCK_EX | fcntl.LOCK_NB) as held:
+            if _is_at(held, part):
+                part.unlink()
+                return True
     except OSError:
-        return False
+        pass
+    return False

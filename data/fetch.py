@@ -7,10 +7,12 @@ and a short answer for a whole one).
 import hashlib
 import http.client
 import os
-import shutil
+import ssl
 import subprocess
+import tempfile
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +33,23 @@ EXTRAS = {"s3": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub"}
 def is_address(name: str) -> bool:
     """Whether a name is an address rather than a path."""
     return "://" in name
+
+
+def joined(address: str, name: str) -> str:
+    """The address of a file below another address, whose query (a signature, say) it shares."""
+    parts = urllib.parse.urlsplit(address)
+    return parts._replace(path=f"{parts.path.rstrip('/')}/{name}").geturl()
+
+
+def parent(address: str) -> str:
+    """The address of the folder that holds a file."""
+    parts = urllib.parse.urlsplit(address)
+    return parts._replace(path=parts.path.rpartition("/")[0]).geturl()
+
+
+def shown(address: str) -> str:
+    """An address without its query, which may be a secret."""
+    return address.partition("?")[0] if is_address(address) else address
 
 
 def fetch(address: str, part: Path, size: int | None = None, sha256: str | None = None, patience: float | None = None) -> str:
@@ -61,8 +80,8 @@ def fetch(address: str, part: Path, size: int | None = None, sha256: str | None 
             return found
         os.truncate(part, 0)  # not unlinked: whoever waits for it holds a lock on this very file
         if last:
-            raise DataError(f"{address}: sha256 {found[:12]}..., the index says {str(sha256)[:12]}..., fetched twice; it has changed or is "
-                            "damaged where it lies: index it again, or put the right file there")  # fmt: skip
+            raise DataError(f"{shown(address)}: sha256 {found[:12]}..., the index says {str(sha256)[:12]}..., fetched twice; it has "
+                            "changed or is damaged where it lies: index it again, or put the right file there")  # fmt: skip
     raise AssertionError
 
 
@@ -72,7 +91,7 @@ def _fetched(address: str, part: Path, size: int | None, patience: float) -> str
         file.seek(0)
         while chunk := file.read(CHUNK):
             digest.update(chunk)
-        alive, tries, told = time.monotonic(), 0, False
+        alive, tries, told, most = time.monotonic(), 0, False, file.tell()
         while size is None or file.tell() < size:
             began = file.tell()
             try:
@@ -81,10 +100,16 @@ def _fetched(address: str, part: Path, size: int | None, patience: float) -> str
                         file.truncate(0)
                         file.seek(0)
                         digest = hashlib.sha256()
+                    if None not in (size, total) and total != size:
+                        raise DataError(f"{shown(address)} has {total:,} bytes, the index says {size:,}; index it again, or put the right "
+                                        "file there")  # fmt: skip
                     while chunk := _read(stream):
                         file.write(chunk)
                         digest.update(chunk)
-                        alive, tries, told = time.monotonic(), 0, False
+                        if size is not None and file.tell() > size:
+                            raise DataError(f"{shown(address)} is longer than the {size:,} bytes that the index says; index it again")
+                        if file.tell() > most:  # more than there was; what comes again proves nothing
+                            alive, tries, told, most = time.monotonic(), 0, False, file.tell()
                 file.flush()
                 whole = total if size is None else size
                 if whole is None or file.tell() >= whole:
@@ -96,10 +121,10 @@ def _fetched(address: str, part: Path, size: int | None, patience: float) -> str
                 lost = str(error)
             waited = time.monotonic() - alive
             if waited > patience:
-                raise DataError(f"{address} cannot be fetched: no byte for {patience:.0f} s ({lost}); see to the address and the network, "
-                                "and give the same command: what has come is kept")  # fmt: skip
+                raise DataError(f"{shown(address)} cannot be fetched: no byte for {patience:.0f} s ({lost}); see to the address and the "
+                                "network, and give the same command: what has come is kept")  # fmt: skip
             if waited > TELL and not told:
-                print(f"waiting up to {patience:.0f} s for {address} ({lost})", flush=True)
+                print(f"waiting up to {patience:.0f} s for {shown(address)} ({lost})", flush=True)
                 told = True
             time.sleep(WAITS[min(tries, len(WAITS) - 1)])
             tries += 1
@@ -126,9 +151,9 @@ def _opened(address: str, begin: int) -> Iterator[tuple[IO[bytes], int, int | No
     except DataError:
         raise
     except FileNotFoundError:
-        raise DataError(f"{address}: there is no such file; correct the address, or index the shards again") from None
+        raise DataError(f"{shown(address)}: there is no such file; correct the address, or index the shards again") from None
     except PermissionError as error:
-        raise DataError(f"{address}: access denied ({_words(error)}); see to your credentials") from None
+        raise DataError(f"{shown(address)}: access denied ({_words(error)}); see to your credentials") from None
     except Exception as error:
         raise _LostError(_words(error)) from None
     with opened[0]:
@@ -136,20 +161,35 @@ def _opened(address: str, begin: int) -> Iterator[tuple[IO[bytes], int, int | No
 
 
 def _by_http(address: str, begin: int) -> tuple[Any, int, int | None]:
-    request = urllib.request.Request(address, headers={"User-Agent": "mimetic"} | ({"Range": f"bytes={begin}-"} if begin else {}))
     try:
+        headers = {"User-Agent": "mimetic"} | ({"Range": f"bytes={begin}-"} if begin else {})
+        request = urllib.request.Request(_quoted(address), headers=headers)
         answer: http.client.HTTPResponse = urllib.request.urlopen(request, timeout=STALL)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:  # nothing after `begin`: what is here is not the beginning of what is there
             return _by_http(address, 0)
         if 400 <= error.code < 500 and error.code not in TRY_AGAIN:
-            raise DataError(f"{address}: the answer is {error.code} {error.reason}; correct the address or see to your access") from None
+            told = f"{shown(address)}: the answer is {error.code} {error.reason}"
+            raise DataError(f"{told}; correct the address or see to your access") from None
+        raise
+    except (ValueError, http.client.InvalidURL) as error:
+        raise DataError(f"{shown(address)} is no address ({_words(error)}); correct it") from None
+    except urllib.error.URLError as error:
+        if isinstance(error.reason, ssl.SSLCertVerificationError) or error.reason == "no host given":
+            raise DataError(f"{shown(address)}: {_words(error)}; correct the address, or see to the certificate") from None
         raise
     left = answer.headers.get("Content-Length")
     if answer.status != 206:
         begin = 0
     return answer, begin, begin + int(left) if left and left.isdecimal() else None
+
+
+def _quoted(address: str) -> str:
+    """With spaces and letters beyond ASCII as an address may have them."""
+    parts = urllib.parse.urlsplit(address)
+    return parts._replace(path=urllib.parse.quote(parts.path, safe="/%:@!$&'()*+,;=~"),
+                          query=urllib.parse.quote(parts.query, safe="/%:@!$&'()*+,;=~?")).geturl()  # fmt: skip
 
 
 def _by_fsspec(address: str, begin: int) -> tuple[Any, int, int | None]:
@@ -160,7 +200,7 @@ def _by_fsspec(address: str, begin: int) -> tuple[Any, int, int | None]:
     except (ImportError, ValueError) as error:
         scheme = address.partition("://")[0]
         cure = f"pip install {EXTRAS[scheme]}" if scheme in EXTRAS else f"known are http, https, {', '.join(EXTRAS)}"
-        raise DataError(f"{address}: {scheme}:// cannot be read ({_words(error)}); {cure}") from None
+        raise DataError(f"{shown(address)}: {scheme}:// cannot be read ({_words(error)}); {cure}") from None
     file = system.open(path, "rb")
     if begin:
         file.seek(begin)
@@ -176,14 +216,13 @@ def spool(command: str, part: Path) -> str:
     Raises:
         DataError: the command failed; its last line is given.
     """
-    with part.open("wb") as file, subprocess.Popen(command, shell=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout
-        assert process.stderr
-        shutil.copyfileobj(process.stdout, file, CHUNK)
-        said = process.stderr.read().decode("utf-8", "replace").strip().splitlines()
-    if process.returncode:
+    with part.open("wb") as file, tempfile.TemporaryFile() as errors:
+        code = subprocess.run(command, shell=True, stdout=file, stderr=errors, check=False).returncode
+        errors.seek(0)
+        said = errors.read().decode("utf-8", "replace").strip().splitlines()
+    if code:
         os.truncate(part, 0)
-        raise DataError(f"pipe:{command} ended with code {process.returncode} ({said[-1] if said else 'it said nothing'})")
+        raise DataError(f"pipe:{command} ended with code {code} ({said[-1] if said else 'it said nothing'})")
     with part.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

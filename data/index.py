@@ -10,10 +10,12 @@ docs/DATA.md describes the format.
 import hashlib
 import json
 import os
+import re
 import tempfile
+import tokenize
 from collections import OrderedDict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mimetic.data.cache import ShardCache, cache_folder
-from mimetic.data.fetch import fetch, is_address
+from mimetic.data.fetch import EXTRAS, fetch, is_address, joined, parent, shown
 from mimetic.data.order import Chosen, InOrder, Order, Shuffled
-from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError
 
 VERSION = 2
@@ -31,6 +32,10 @@ ROW = np.dtype([("offset", "<u8"), ("size", "<u4"), ("label", "<i4"), ("key", "<
 AT_START = 20.0  # seconds: a wrong address is known soon, where a training under way waits longer for its network
 OPEN_SHARDS = 128  # file descriptors are few: often 1024 for a process, 256 on macOS
 UNLABELLED = -1
+LONGEST_KEY = 1 << 16  # bytes
+DAMAGE = (OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, SyntaxError,
+          tokenize.TokenError)  # fmt: skip
+ELSEWHERE = ("http", "https", *EXTRAS)  # where an index may say that a shard lies
 REPAIR = "pack it again with `mimetic pack`, or index the tars again with `mimetic index`"
 
 
@@ -45,8 +50,8 @@ class Index:
         channels: of every image.
         mean: per channel, in [0, 1].
         std: per channel, in [0, 1].
-        rows: (N,) of ROW, in shard order; `label` is -1 where there is none.
-        key_bytes: keys of all samples, each with a line feed after it.
+        rows: memory map (N,) of ROW, in shard order; `label` is -1 where there is none.
+        key_bytes: memory map of the keys of all samples, each with a line feed after it.
         starts: (shards + 1,) number of the first sample of each shard, and N.
         fingerprint: names this very content; kept in checkpoints.
         cache: of shards that lie elsewhere.
@@ -58,14 +63,19 @@ class Index:
     channels: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    rows: NDArray[Any]
-    key_bytes: NDArray[np.uint8]
+    rows: Any
+    key_bytes: Any
     starts: NDArray[np.int64]
     fingerprint: str
     cache: ShardCache
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A worker that is not forked maps the files anew; a memory map would be sent to it with all that it maps.
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name not in ("rows", "key_bytes")}
+        return _mapped_anew, (type(self), values, str(self.rows.filename), str(self.key_bytes.filename))
 
     @property
     def indexes(self) -> "tuple[Index, ...]":
@@ -81,6 +91,8 @@ class Index:
         following = np.minimum(samples + 1, len(self) - 1)
         begin = self.rows["key"][samples].astype(np.int64)
         end = np.where(samples + 1 < len(self), self.rows["key"][following].astype(np.int64), len(self.key_bytes)) - 1
+        if (end < begin).any() or (end > len(self.key_bytes)).any() or (end - begin).max(initial=0) > LONGEST_KEY:
+            raise DataError(f"{self.home}: samples.npy and keys.txt do not fit together; {REPAIR}")
         place = begin[:, None] + np.arange(max(1, (end - begin).max(initial=0)))
         letters = np.where(place < end[:, None], self.key_bytes[np.minimum(place, len(self.key_bytes) - 1)], np.uint8(0))
         return letters.view(f"S{letters.shape[1]}")[:, 0]
@@ -95,13 +107,11 @@ class Index:
 
     def order(self, seed: int, *, shuffle: bool, streams: int, block: int, members: NDArray[np.int64] | None = None) -> Order:
         """The order of all samples, or of `members`."""
-        if not shuffle:
-            return InOrder(len(self)) if members is None else Chosen(members, InOrder(len(members)))
-        if members is None:
-            return Shuffled(np.diff(self.starts), seed, streams=streams, block=block)
-        members = np.sort(members)
-        sizes = np.bincount(self.shard_of(members), minlength=len(self.shards))
-        return Chosen(members, Shuffled(sizes, seed, streams=streams, block=block))
+        chosen = members if members is None or not shuffle else np.sort(members)
+        sizes = np.diff(self.starts) if chosen is None else np.bincount(self.shard_of(chosen), minlength=len(self.shards))
+        order: Order = (Shuffled(sizes, seed, streams=streams, block=block) if shuffle
+                        else InOrder(int(sizes.sum()), np.flatnonzero(sizes)))  # fmt: skip
+        return order if chosen is None else Chosen(chosen, order)
 
     def shards_of(self, samples: NDArray[np.int64]) -> "list[tuple[Index, int]]":
         """The shards that hold any of the samples, in the order in which they are first met."""
@@ -132,64 +142,8 @@ class Index:
         return content
 
 
-@dataclass(frozen=True)
-class Part:
-    """One shard's share of an index.
-
-    Attributes:
-        name: of the shard, relative to the index, or an address.
-        size: bytes of the whole shard.
-        sha256: of the whole shard, in hex.
-        rows: (n,) of ROW, where `key` counts from the first byte of `keys`.
-        keys: each with a line feed after it.
-    """
-
-    name: str
-    size: int
-    sha256: str
-    rows: NDArray[Any]
-    keys: bytes
-
-
-def write_index(folder: Path, parts: Iterable[Part], samples: int, *, classes: list[str], image: dict[str, Any],
-                **more: Any) -> dict[str, Any]:  # fmt: skip
-    """Writes samples.npy, keys.txt and, last, index.json; memory is that of one shard's rows.
-
-    Args:
-        folder: where the three go; an index that is there is replaced.
-        parts: in shard order.
-        samples: of all parts together.
-        classes: names in the order of label numbers.
-        image: `channels`, and `mean` and `std` per channel of pixels in [0, 1].
-        more: further entries of index.json.
-
-    Returns:
-        The content of index.json.
-    """
-    (folder / "index.json").unlink(missing_ok=True)  # a kill in between leaves no index, rather than one that contradicts itself
-    shards: list[dict[str, Any]] = []
-    first, begin = 0, 0
-    rows = np.lib.format.open_memmap(folder / "samples.npy", "w+", ROW, (samples,))
-    with (folder / "keys.txt").open("wb") as keys:
-        for part in parts:
-            place = slice(first, first := first + len(part.rows))
-            rows[place] = part.rows
-            rows["key"][place] += np.uint64(begin)
-            begin += keys.write(part.keys)
-            shards.append({"name": part.name, "samples": len(part.rows), "bytes": part.size, "sha256": part.sha256})
-        keys.flush()
-        os.fsync(keys.fileno())
-    assert first == samples
-    rows.flush()
-    files = {name: _described(folder / name) for name in ("samples.npy", "keys.txt")}
-    summary = {"version": VERSION, "samples": samples, **more, "classes": classes, "image": image, "files": files, "shards": shards}
-    write_atomically(folder / "index.json", json.dumps(summary, indent=1) + "\n")
-    return summary
-
-
-def _described(file: Path) -> dict[str, Any]:
-    with file.open("rb") as content:
-        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(content, "sha256").hexdigest()}
+def _mapped_anew(kind: type[Index], values: dict[str, Any], rows: str, keys: str) -> Index:
+    return kind(**values, rows=np.lib.format.open_memmap(Path(rows), mode="r"), key_bytes=np.memmap(keys, np.uint8, "r"))
 
 
 def open_index(path: str | Path, cache: ShardCache | None = None, *, sizes: bool = True) -> Index:
@@ -205,36 +159,56 @@ def open_index(path: str | Path, cache: ShardCache | None = None, *, sizes: bool
     """
     cache = cache or ShardCache(cache_folder())
     file = _index_file(str(path))
-    home = os.path.dirname(file) or "."
+    home = parent(file) if is_address(file) else os.path.dirname(file) or "."
     try:
         raw = _fetched_now(file, cache) if is_address(file) else Path(file).read_bytes()
         content = json.loads(raw)
         if content["version"] != VERSION:
-            raise DataError(f"{file}: index version {content['version']}, this program reads version {VERSION}; {REPAIR}")
-        beside = {name: _beside(home, name, content["files"][name], cache) for name in ("samples.npy", "keys.txt")}
-        rows = np.load(beside["samples.npy"], mmap_mode="r", allow_pickle=False)
+            raise DataError(f"{shown(file)}: index version {content['version']}, this program reads version {VERSION}; {REPAIR}")
+        _check(content)
+        rows, keys = (_mapped(home, name, content["files"][name], cache) for name in ("samples.npy", "keys.txt"))
         shards, image = content["shards"], content["image"]
         starts = np.cumsum([0, *(shard["samples"] for shard in shards)], dtype=np.int64)
         if rows.dtype != ROW or rows.shape != (starts[-1],):
             raise ValueError(f"samples.npy holds {rows.shape} of {rows.dtype.names}, the shards {starts[-1]} samples")
-        if not len(rows):
-            raise DataError(f"{file}: the index holds no sample; pack a folder that has images")
-        index = Index(home, shards, content["classes"], image["channels"], tuple(image["mean"]), tuple(image["std"]), rows,
-                      np.memmap(beside["keys.txt"], np.uint8, "r"), starts, hashlib.sha256(raw).hexdigest()[:16], cache)  # fmt: skip
-        _check_shards(index, sizes)
-    except (OSError, EOFError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} is damaged ({type(error).__name__}: {error}); {REPAIR}") from None
+    except DAMAGE as error:
+        raise DataError(f"{shown(file)} is damaged ({type(error).__name__}: {error}); {REPAIR}") from None
+    if not len(rows):
+        raise DataError(f"{shown(file)}: the index holds no sample; pack a folder that has images")
+    index = Index(home, shards, content["classes"], image["channels"], tuple(image["mean"]), tuple(image["std"]), rows, keys, starts,
+                  hashlib.sha256(raw).hexdigest()[:16], cache)  # fmt: skip
+    _check_shards(index, sizes)
     return index
+
+
+def _check(content: dict[str, Any]) -> None:
+    """Raises ValueError, or whatever nonsense leads to, if an index.json says what cannot be."""
+    image, classes = content["image"], content["classes"]
+    entries = [(name, entry) for name, entry in content["files"].items()] + [(entry["name"], entry) for entry in content["shards"]]
+    counts = [("image.channels", image["channels"], 1), *(("samples", shard["samples"], 0) for shard in content["shards"]),
+              *((f"bytes of {name}", entry["bytes"], 0) for name, entry in entries)]  # fmt: skip
+    for name, value, least in counts:
+        if type(value) is not int or not least <= value < 1 << 60:
+            raise ValueError(f"{name} is {value!r}")
+    for name, entry in entries:
+        if not isinstance(name, str) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+            raise ValueError(f"sha256 of {name!r} is {entry['sha256']!r}")
+    if not len(image["mean"]) == len(image["std"]) == image["channels"] or not all(np.isfinite([*image["mean"], *image["std"]])):
+        raise ValueError(f"mean and std of {image['channels']} channels are {image['mean']!r} and {image['std']!r}")
+    if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
+        raise ValueError(f"classes are {classes!r}")
 
 
 def located(home: str, name: str) -> str:
     """The path or address of a shard."""
-    return name if is_address(name) or os.path.isabs(name) else f"{home}/{name}"
+    if is_address(name) or os.path.isabs(name):
+        return name
+    return joined(home, name) if is_address(home) else f"{home}/{name}"
 
 
 def _index_file(path: str) -> str:
     if is_address(path):
-        return path if path.endswith(".json") else f"{path.rstrip('/')}/index.json"
+        return path if shown(path).endswith(".json") else joined(path, "index.json")
     file = Path(path) / "index.json" if Path(path).is_dir() else Path(path)
     if not file.exists():
         raise DataError(f"{path}: no index.json there; make one with `mimetic pack {path if Path(path).is_dir() else 'SRC'} SHARDS`, "
@@ -249,36 +223,49 @@ def _fetched_now(address: str, cache: ShardCache) -> bytes:
         return Path(folder, "index.json").read_bytes()
 
 
-def _beside(home: str, name: str, file: dict[str, Any], cache: ShardCache) -> Path:
-    address = located(home, name)
-    return cache.fetched(address, file["bytes"], file["sha256"]) if is_address(address) else Path(address)
+def _mapped(home: str, name: str, entry: dict[str, Any], cache: ShardCache) -> Any:
+    """One of the two files beside an index.json, through a memory map."""
+    place = located(home, name)
+    while True:
+        file = cache.fetched(place, entry["bytes"], entry["sha256"]) if is_address(place) else Path(place)
+        try:
+            if file.stat().st_size != entry["bytes"]:
+                raise ValueError(f"{name} has {file.stat().st_size} bytes, not {entry['bytes']}")
+            return np.lib.format.open_memmap(file, mode="r") if name.endswith(".npy") else np.memmap(file, np.uint8, "r")
+        except FileNotFoundError:
+            if not cache.holds(file):
+                raise  # else it gave way to another before it was opened
 
 
 def _check_shards(index: Index, sizes: bool) -> None:
+    """Raises DataError for names that an index must not have, and for shards here that have another size."""
     for shard in index.shards:
-        place = located(index.home, shard["name"])
-        if shard["name"].startswith("pipe:"):
-            raise DataError(f"{index.home}: its index names {shard['name'][:60]!r}; an index never runs a command: type it")
-        if is_address(place) or not sizes:
+        name, place = shard["name"], located(index.home, shard["name"])
+        if name.startswith("pipe:"):
+            raise DataError(f"{index.home}: its index names {name[:60]!r}; an index never runs a command: type it")
+        if is_address(place):
+            if place.partition("://")[0] not in ELSEWHERE or "::" in place:
+                raise DataError(f"{index.home}: its index names {name[:60]!r}; it may name {', '.join(ELSEWHERE)}; {REPAIR}")
             continue
         if is_address(index.home):
             raise DataError(f"{index.home}: its index names {place}, which lies on this machine; {REPAIR}")
-        found = os.stat(place).st_size if os.path.exists(place) else 0
-        if found != shard["bytes"]:
+        found = os.stat(place).st_size if sizes and os.path.exists(place) else 0
+        if sizes and found != shard["bytes"]:
             raise DataError(f"{place}: {found} bytes, the index says {shard['bytes']}; the shard has changed: {REPAIR}")
 
 
-_descriptors: OrderedDict[tuple[str, str, int], int] = OrderedDict()
+_descriptors: OrderedDict[tuple[Path, str, str, int], int] = OrderedDict()
 
 
 def _descriptor(index: Index, shard: int) -> int:
     # Kept open per process, the OPEN_SHARDS last used; shards packed anew have another fingerprint. pread has no shared
     # position, so forked workers do not disturb each other.
-    known = (index.home, index.fingerprint, shard)
+    known = (index.cache.folder, index.home, index.fingerprint, shard)
     if known in _descriptors:
         _descriptors.move_to_end(known)
         if is_address(located(index.home, index.shards[shard]["name"])):
-            os.utime(_descriptors[known])  # a copy in the cache: what is being read is not what gives way
+            with suppress(OSError):  # somebody else's
+                os.utime(_descriptors[known])  # a copy in the cache: what is being read is not what gives way
         return _descriptors[known]
     while True:
         path = index.path(shard)

@@ -17,13 +17,13 @@ import numpy as np
 from mimetic.data.cache import ShardCache, cache_folder
 from mimetic.data.decode import channels_of, silence_pillow
 from mimetic.data.fetch import is_address
-from mimetic.data.index import Part, write_index
 from mimetic.data.packing.items import as_line, as_text
 from mimetic.data.packing.labels import number_labels
 from mimetic.data.packing.moments import Moments, evenly, how_many_measured, pixels_to_measure
 from mimetic.data.packing.shards import make_part
 from mimetic.data.packing.tars import Sample, Scan, is_packed_tar, local_file, scan
 from mimetic.data.packing.workers import Tally, run_all
+from mimetic.data.packing.writing import Part, write_index
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError, SettingError
 

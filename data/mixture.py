@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from mimetic.data.cache import ShardCache
 from mimetic.data.index import UNLABELLED, Index
-from mimetic.data.order import CYCLE, InOrder, Mixed, Order, Shuffled, shares
+from mimetic.data.order import CYCLE, Mixed, Order, shares
 from mimetic.engine.errors import SettingError
 
 
@@ -94,10 +94,7 @@ class Mixture:
         """
         if members is not None:
             raise SettingError(f"some samples of {self.home} are asked for, but sets are mixed as a whole; give one index")
-        orders: list[Order] = [
-            Shuffled(np.diff(index.starts), seed, streams=streams, block=block) if shuffle else InOrder(len(index))
-            for index in self.indexes
-        ]
+        orders = [index.order(seed, shuffle=shuffle, streams=streams, block=block) for index in self.indexes]
         return Mixed(orders, self.offsets[:-1].tolist(), list(self.weights), seed, self.epoch_samples)
 
     def labels(self, samples: NDArray[np.int64]) -> NDArray[np.int64]:

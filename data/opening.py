@@ -27,7 +27,7 @@ def open_data(settings: DataSettings) -> Index | Mixture:
         DataError: as `open_set` does.
         SettingError: sets that cannot be mixed, or a command that was not typed.
     """
-    cache = ShardCache(Path(settings.cache) if settings.cache else cache_folder(), int(settings.cache_gb * 1e9))
+    cache = ShardCache(Path(settings.cache).expanduser() if settings.cache else cache_folder(), int(settings.cache_gb * 1e9))
     if settings.index is not None:
         return open_set(settings.index, cache)
     assert settings.epoch_samples  # the settings see to it

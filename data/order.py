@@ -42,12 +42,17 @@ class Order(Protocol):
 
 
 class InOrder:
-    """Samples as they lie, epoch after epoch."""
+    """Samples as they lie, epoch after epoch.
+
+    Args:
+        samples: how many.
+        shards: numbers of those that hold any.
+    """
 
     streams, block = 1, 1
 
-    def __init__(self, samples: int) -> None:
-        self.samples = samples
+    def __init__(self, samples: int, shards: Places) -> None:
+        self.samples, self.shards = samples, shards
 
     @property
     def parts(self) -> "list[InOrder | Shuffled]":
@@ -81,7 +86,7 @@ class Shuffled:
     def __init__(self, sizes: Places, seed: int, *, streams: int = CANONICAL_STREAMS, block: int = SHUFFLE_BLOCK) -> None:
         self.seed, self.streams, self.block = seed, streams, block
         self.starts = np.concatenate([[0], np.cumsum(sizes)])
-        self.samples = int(self.starts[-1])
+        self.samples, self.shards = int(self.starts[-1]), np.flatnonzero(sizes)
         self.lines: dict[int, tuple[Places, Places]] = {}
         self.shuffles: dict[tuple[int, int, int], Places] = {}
 

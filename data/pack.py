@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from mimetic.data.decode import silence_pillow
-from mimetic.data.index import write_index
 from mimetic.data.packing.channels import channels_of_most
 from mimetic.data.packing.duplicates import find_duplicates
 from mimetic.data.packing.items import as_line
@@ -24,6 +23,7 @@ from mimetic.data.packing.reencode import Encoding
 from mimetic.data.packing.shards import Shard, part_of, read_account, too_many, write_shard
 from mimetic.data.packing.sources import Found, find_items
 from mimetic.data.packing.workers import run_all
+from mimetic.data.packing.writing import write_index
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError, SettingError
 

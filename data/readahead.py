@@ -13,13 +13,15 @@ from mimetic.data.mixture import Mixture
 from mimetic.engine.errors import MimeticError, SettingError
 
 FETCHERS = 4  # shards that a process fetches at a time
+FARTHEST = 4096  # batches that the plan is walked ahead
 
 
 class ReadAhead:
     """Walks the plan ahead of the reader, and fetches what it is going to meet into the cache.
 
-    What is ahead of the reader takes no more than half of the cache: the rest is for what is being read. Failures are left to the
-    reader, who meets them in turn and says so.
+    What is ahead of all readers of a machine takes no more than a fourth of the cache. Copies give way by age: between the fetch of a
+    shard and its reading, as much again may be fetched behind it, and what is read meanwhile must stay too. Failures are left to
+    the reader, who meets them in turn and says so.
 
     Args:
         source: the samples' shards.
@@ -31,14 +33,16 @@ class ReadAhead:
     def __init__(self, source: Index | Mixture, plan: BatchPlan, begin: int, stop: int) -> None:
         self.source, self.begin, self.stop = source, begin, stop
         self.plan = copy.deepcopy(plan)  # its order remembers what it drew last, and the reader draws from another thread
-        self.budget = source.cache.limit // 2
+        self.budget = source.cache.limit // 4 // readers(plan)
+        self.shards = sum(len(index.shards) for index in source.indexes)
         self.wanted: SimpleQueue[tuple[Index, int] | None] = SimpleQueue()
         self.ahead: deque[tuple[int, int]] = deque()  # batch that first needs a shard, and the shard's bytes
         self.turned, self.reading, self.closed = threading.Condition(), begin, False
 
     def __enter__(self) -> "ReadAhead":
-        for work in (self._walk, *[self._fetch] * FETCHERS):
-            threading.Thread(target=work, daemon=True).start()
+        self.walker = threading.Thread(target=self._walk, daemon=True)
+        for thread in (self.walker, *(threading.Thread(target=self._fetch, daemon=True) for _ in range(FETCHERS))):
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -47,6 +51,7 @@ class ReadAhead:
             self.turned.notify_all()
         for _fetcher in range(FETCHERS):
             self.wanted.put(None)
+        self.walker.join()  # a thread in the middle of its arithmetic would not survive the interpreter's end
 
     def reached(self, step: int) -> None:
         """Tells which batch is being read now."""
@@ -58,6 +63,8 @@ class ReadAhead:
         met: OrderedDict[tuple[str, int], int] = OrderedDict()
         kept = 0
         for step in range(self.begin, self.stop):
+            if len(met) == self.shards or not self._has_room(step - FARTHEST, 0):
+                return
             for index, shard in self.source.shards_of(self.plan.batch(step)[0]):
                 known, size = (index.home, shard), index.shards[shard]["bytes"]
                 if known in met:
@@ -78,8 +85,9 @@ class ReadAhead:
             while not self.closed:
                 while self.ahead and self.ahead[0][0] <= self.reading:
                     self.ahead.popleft()
-                if step <= self.reading or sum(known[1] for known in self.ahead) + size <= self.budget:
-                    self.ahead.append((step, size))
+                if step <= self.reading or (size and sum(known[1] for known in self.ahead) + size <= self.budget):
+                    if size:
+                        self.ahead.append((step, size))
                     return True
                 self.turned.wait()
         return False
@@ -111,7 +119,12 @@ def read_ahead(source: Index | Mixture, plan: BatchPlan, begin: int, stop: int) 
     Raises:
         SettingError: the cache does not hold what is read at the same time.
     """
-    elsewhere = [shard["bytes"] for index in source.indexes for shard in index.shards if is_address(located(index.home, shard["name"]))]
+    elsewhere = [
+        index.shards[shard]["bytes"]
+        for index, order in zip(source.indexes, plan.order.parts, strict=True)
+        for shard in order.shards
+        if is_address(located(index.home, index.shards[shard]["name"]))
+    ]
     if not elsewhere:
         return NothingAhead()
     needed, limit = min(sum(elsewhere), 2 * read_at_once(source, plan)), source.cache.limit
@@ -123,13 +136,17 @@ def read_ahead(source: Index | Mixture, plan: BatchPlan, begin: int, stop: int) 
     return ReadAhead(source, plan, begin, stop)
 
 
+def readers(plan: BatchPlan) -> int:
+    """Processes of this run on one machine, as the launcher says; without one, all may be here."""
+    return min(plan.world, int(os.environ.get("LOCAL_WORLD_SIZE", plan.world)))
+
+
 def read_at_once(source: Index | Mixture, plan: BatchPlan) -> int:
     """Bytes of the shards that the processes of one machine read at the same time, about: what its streams' shuffle blocks span."""
-    machines = max(1, plan.world // int(os.environ.get("LOCAL_WORLD_SIZE", plan.world)))
     total = 0
     for index, order in zip(source.indexes, plan.order.parts, strict=True):
-        streams = order.streams if plan.global_batch % order.streams else -(-order.streams // machines)
-        shards = sum(1 for shard in index.shards if shard["samples"])
-        spanned = order.block / (order.samples / shards) + 1
-        total += int(min(streams * spanned, shards) * sum(shard["bytes"] for shard in index.shards) / shards)
+        streams = order.streams if plan.global_batch % order.streams else -(-order.streams * readers(plan) // plan.world)
+        spanned = order.block / (order.samples / len(order.shards)) + 1
+        mean = sum(index.shards[shard]["bytes"] for shard in order.shards) / len(order.shards)
+        total += int(min(streams * spanned, len(order.shards)) * mean)
     return total

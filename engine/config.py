@@ -67,7 +67,7 @@ class DataSettings:
             if not 0 < weight < float("inf"):
                 raise SettingError(f"data.mix gives {name} the weight {weight}; it must be above 0")
         ranges.require(self, "data", batch_size=ranges.COUNT, workers=ranges.NOT_NEGATIVE, max_bad=ranges.SHARE, epoch_samples=ranges.COUNT,
-                       canonical_streams=ranges.COUNT, shuffle_block=ranges.COUNT, cache_gb=ranges.POSITIVE)  # fmt: skip
+                       canonical_streams=ranges.SOME, shuffle_block=ranges.SOME, cache_gb=ranges.GIGABYTES)  # fmt: skip
 
     @property
     def shuffling(self) -> dict[str, Any]:

@@ -22,6 +22,7 @@ class Range(NamedTuple):
 
 COUNT, POSITIVE, NOT_NEGATIVE = Range(1), Range(0, above=True), Range(0)
 SHARE, SOME_SHARE, BELOW_ONE = Range(0, 1), Range(0, 1, above=True), Range(0, 1, below=True)
+SOME, GIGABYTES = Range(1, 1 << 31), Range(0, 1e9, above=True)
 SEED = Range(0, (1 << 32) - 1)
 
 

@@ -44,7 +44,7 @@ def orders(draw) -> Order:
         shards = np.array(draw(sizes))
         kind = draw(st.sampled_from(["in order", "shuffled", "chosen"]))
         if kind == "in order":
-            return InOrder(int(shards.sum()))
+            return InOrder(int(shards.sum()), np.flatnonzero(shards))
         shuffled = Shuffled(shards, draw(seeds), streams=draw(streams), block=draw(blocks))
         return shuffled if kind == "shuffled" else Chosen(np.arange(shuffled.samples) * 3, shuffled)
 

@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from mimetic.data.decode import decode, silence_pillow
-from mimetic.data.index import ROW, UNLABELLED, Part
+from mimetic.data.index import ROW, UNLABELLED
 from mimetic.data.packing.items import Item, as_line
 from mimetic.data.packing.moments import Moments, pixels_to_measure
 from mimetic.data.packing.reencode import Encoding
 from mimetic.data.packing.structure import is_whole
 from mimetic.data.packing.workers import Tally
+from mimetic.data.packing.writing import Part
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError
 
