@@ -40,8 +40,9 @@ class ReadAhead:
         self.turned, self.reading, self.closed = threading.Condition(), begin, False
 
     def __enter__(self) -> "ReadAhead":
-        self.walker = threading.Thread(target=self._walk, daemon=True)
-        for thread in (self.walker, *(threading.Thread(target=self._fetch, daemon=True) for _ in range(FETCHERS))):
+        works = (self._walk, *[self._fetch] * FETCHERS)
+        self.walker, *fetchers = (threading.Thread(target=work, name="read-ahead", daemon=True) for work in works)
+        for thread in (self.walker, *fetchers):
             thread.start()
         return self
 

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import unquote
 
 PIECE = 1 << 14
 
@@ -23,6 +24,7 @@ class FaultyServer(ThreadingHTTPServer):
         faults: faults of the next answers, one taken by each: "500", "404", "403", "drop", "stall", "short", "garbage".
         ranges: whether it can begin in the middle.
         pace: seconds between pieces of PIECE bytes.
+        query: what has to follow the path, a signature for instance.
     """
 
     daemon_threads = True
@@ -32,7 +34,7 @@ class FaultyServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", port), _Handler)
         self.folder, self.asked, self.again = folder, Counter[str](), Counter[str]()
         self.faults: list[str] = []
-        self.ranges, self.pace, self.stall = True, 0.0, 30.0
+        self.ranges, self.pace, self.stall, self.query = True, 0.0, 30.0, ""
         self.lock = threading.Lock()
         self.address = f"http://127.0.0.1:{self.server_address[1]}"
 
@@ -48,7 +50,10 @@ class _Handler(BaseHTTPRequestHandler):
         server = self.server
         with server.lock:
             fault = server.faults.pop(0) if server.faults else ""
-        file = server.folder / self.path.lstrip("/")
+        path, _, query = self.path.lstrip("/").partition("?")
+        file = server.folder / unquote(path)
+        if query != server.query:
+            fault = "403"
         if fault.isdecimal() or not file.is_file():
             self.send_error(int(fault or 404))
             return
@@ -56,7 +61,7 @@ class _Handler(BaseHTTPRequestHandler):
         if server.ranges and (asked := self.headers.get("Range")):
             begin = int(asked.removeprefix("bytes=").rstrip("-"))
         with server.lock:
-            (server.again if begin else server.asked)[self.path.lstrip("/")] += 1
+            (server.again if begin else server.asked)[path] += 1
         if begin >= len(content) and begin:
             self.send_error(416)
             return

@@ -1,5 +1,6 @@
 """Shards from elsewhere: fetched once, whole and unchanged, whatever the network does, into a folder that stays within its bounds."""
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -18,7 +19,7 @@ import numpy as np
 import pytest
 from faulty_server import FaultyServer, serving, start_elsewhere
 from imagesets import grey_folder
-from tinyruns import files_of_at_most
+from tinyruns import files_of_at_most, wait_until
 
 from mimetic.data import fetch as fetch_module
 from mimetic.data.cache import ShardCache
@@ -26,6 +27,7 @@ from mimetic.data.fetch import fetch
 from mimetic.data.index import Index, open_index
 from mimetic.data.order import Shuffled
 from mimetic.data.pack import pack
+from mimetic.data.readahead import read_at_once
 from mimetic.data.stream import ShardStream
 from mimetic.engine.errors import DataError, SettingError
 
@@ -75,6 +77,42 @@ def test_a_file_arrives_whole_whatever_happens_on_the_way(server, tmp_path, faul
 def test_a_file_of_unknown_size_is_fetched_to_the_end_that_the_server_tells(server, tmp_path, faults):
     server.faults = list(faults)
     assert fetch(f"{server.address}/2.tar", tmp_path / "part") == of(2)["sha256"]
+
+
+def test_a_file_of_another_length_is_named_at_once(server, tmp_path):
+    for size in (299_999, 300_001):
+        with pytest.raises(DataError, match=rf"1.tar has 300,000 bytes, the index says {size:,}; index it again"):
+            fetch(f"{server.address}/1.tar", tmp_path / str(size), size, of(1)["sha256"])
+
+
+def test_a_server_that_always_breaks_off_before_the_end_is_given_up(server, tmp_path, monkeypatch):
+    """It sends the same bytes again and again: nothing is gained by that."""
+    monkeypatch.setattr(fetch_module, "PATIENCE", 0.5)
+    server.ranges, server.faults = False, ["short"] * 10_000
+    with pytest.raises(DataError, match="no byte for 0 s"):
+        fetch(f"{server.address}/1.tar", tmp_path / "part", **of(1))
+
+
+def test_what_lies_here_and_is_no_beginning_of_what_lies_there_is_fetched_anew(server, tmp_path):
+    (tmp_path / "part").write_bytes(content(1) + b"more")
+    assert fetch(f"{server.address}/1.tar", tmp_path / "part") == of(1)["sha256"]
+    (tmp_path / "part").write_bytes(b"rubbish")
+    assert fetch(f"{server.address}/1.tar", tmp_path / "part", **of(1)) == of(1)["sha256"]
+
+
+def test_addresses_may_have_spaces_letters_and_a_signature_that_is_not_told(server, tmp_path):
+    (tmp_path / "served/ein Bär.tar").write_bytes(content(1))
+    server.query = "sig=s%3Dcret"
+    assert fetch(f"{server.address}/ein Bär.tar?sig=s%3Dcret", tmp_path / "part", **of(1)) == of(1)["sha256"]
+    with pytest.raises(DataError, match="403") as caught:
+        fetch(f"{server.address}/ein Bär.tar?sig=wrong", tmp_path / "other")
+    assert "wrong" not in str(caught.value)
+
+
+@pytest.mark.parametrize("address", ["http:///x.tar", "http://127.0.0.1:port/x.tar", "https://[x/y.tar"])
+def test_what_is_no_address_is_said_at_once(tmp_path, address):
+    with pytest.raises(DataError, match="address"):
+        fetch(address, tmp_path / "part")
 
 
 def test_what_a_killed_process_left_is_gone_on_with(server, tmp_path):
@@ -178,6 +216,40 @@ def size_of(file: Path) -> int:
         return 0
 
 
+def test_files_of_other_people_in_the_folder_are_left_alone(server, tmp_path):
+    (tmp_path / "cache").mkdir()
+    theirs = dict.fromkeys(("photos.tar", "Download.part", "0123.tar", "a.5.part"), b"x" * 900000)
+    for name, there in theirs.items():
+        (tmp_path / "cache" / name).write_bytes(there)
+    for number in range(5):
+        ShardCache(tmp_path / "cache", 700_000).fetched(f"{server.address}/{number}.tar", **of(number))
+    assert {name: (tmp_path / "cache" / name).read_bytes() for name in theirs} == theirs
+
+
+def test_what_killed_processes_left_gives_way_and_what_living_ones_are_at_does_not(server, tmp_path):
+    cache = ShardCache(tmp_path / "cache", 650_000)
+    (tmp_path / "cache").mkdir()
+    dead, living = (cache.file("", digit * 64).with_suffix(".300000.part") for digit in "ab")
+    for part in (dead, living):
+        part.write_bytes(bytes(1000))
+    with living.open("ab") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        cache.fetched(f"{server.address}/1.tar", **of(1))
+    assert living.exists()
+    assert not dead.exists()
+
+
+def test_a_copy_of_somebody_else_is_read_though_it_cannot_be_touched(server, tmp_path, monkeypatch):
+    cache = ShardCache(tmp_path / "cache")
+    file = cache.fetched(f"{server.address}/1.tar", **of(1))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "not yours")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    assert cache.fetched(f"{server.address}/1.tar", **of(1)) == file
+
+
 def test_a_shard_larger_than_the_cache_is_refused(server, tmp_path):
     with pytest.raises(SettingError, match=r"data.cache_gb is 0.0002, but .*1.tar alone has 0.0003 GB"):
         ShardCache(tmp_path / "cache", limit=200_000).fetched(f"{server.address}/1.tar", **of(1))
@@ -227,16 +299,51 @@ def test_shards_elsewhere_give_the_same_batches_and_are_fetched_once(server, pac
     assert {name: count for name, count in server.asked.items() if name in shards} == dict.fromkeys(shards, 1)
 
 
-def test_a_small_cache_fetches_again_but_stays_exact(server, packed, tmp_path):
-    largest = max(shard["bytes"] for shard in packed.shards)
+@pytest.mark.parametrize("factor", [1.05, 2])
+def test_a_small_cache_fetches_each_shard_once_an_epoch_and_stays_exact(server, tmp_path, factor):
+    pack(grey_folder(tmp_path / "src", 300), tmp_path / "served/set", samples_per_shard=3)
     options = {"canonical_streams": 2, "shuffle_block": 4}
-    index = elsewhere(server, tmp_path, 9 * largest)
-    for epoch in range(3):
-        there, here = (ShardStream(source, 6, seed=3, epoch=epoch, **options) for source in (index, packed))
-        assert keys_of(there) == keys_of(here)
-    assert sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.tar")) <= 9 * largest
-    shards = [f"set/{shard['name']}" for shard in index.shards]
-    assert max(server.asked[name] for name in shards) <= 3, "at most once an epoch"
+    here = open_index(tmp_path / "served/set")
+    needed = 2 * read_at_once(here, ShardStream(here, 6, **options).plan)
+    there = open_index(f"{server.address}/set", ShardCache(tmp_path / "cache", int(factor * needed)))
+    for epoch in range(2):
+        server.asked.clear()
+        fetched, local = (keys_of(ShardStream(source, 6, seed=3, epoch=epoch, **options)) for source in (there, here))
+        assert fetched == local
+        assert max(server.asked.values()) == 1
+        assert len(server.asked) >= 100 - factor * needed // here.shards[0]["bytes"]
+        assert sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.tar")) <= factor * needed
+
+
+def test_shards_are_fetched_before_they_are_read_and_reading_ends_without_threads(server, packed, tmp_path):
+    batches = iter(ShardStream(elsewhere(server, tmp_path), 2, canonical_streams=1, shuffle_block=2))
+    next(batches)
+    wait_until(lambda: len(server.asked) >= 3 + 12, 10)  # the index's three files, and all shards
+    assert sum(thread.name.startswith("read-ahead") for thread in threading.enumerate()) >= 1
+    batches.close()
+    wait_until(lambda: not any(thread.name.startswith("read-ahead") for thread in threading.enumerate()), 10)
+
+
+def test_workers_that_are_forked_while_another_stream_fetches_do_not_wait_for_ever(server, packed, tmp_path):
+    """They inherit its open files, locks included."""
+    server.pace = 0.02
+    first, second = (ShardStream(elsewhere(server, tmp_path), 3, seed=seed, workers=1) for seed in (1, 2))
+    both = [(one["keys"], other["keys"]) for one, other in zip(first, second, strict=True)]
+    assert len(both) == 20
+
+
+def test_a_subset_needs_no_more_than_its_own_shards(server, packed, tmp_path):
+    shard = packed.shards[0]["bytes"]
+    side_files = sum(file.stat().st_size for file in (tmp_path / "served/set").glob("*.*") if file.suffix in (".npy", ".txt"))
+    stream = ShardStream(elsewhere(server, tmp_path, 3 * shard + side_files), 4, subset=np.array([0, 1, 2, 7, 8]))
+    assert sum(batch["valid"].sum() for batch in stream) == 5
+
+
+def test_a_signed_address_signs_all_files_of_a_set(server, packed, tmp_path):
+    server.query = "token=abc"
+    for name in ("set", "set/index.json"):
+        index = open_index(f"{server.address}/{name}?token=abc", ShardCache(tmp_path / name.replace("/", "-")))
+        assert keys_of(ShardStream(index, 7)) == keys_of(ShardStream(packed, 7))
 
 
 def test_a_cache_that_cannot_hold_what_is_read_at_once_is_refused_before_it_thrashes(server, packed, tmp_path):
@@ -278,7 +385,9 @@ def test_a_damaged_shard_is_named_where_it_is_met(server, packed, tmp_path):
 def test_an_index_names_no_commands_and_no_files_of_ours(server, packed, tmp_path):
     folder = tmp_path / "served/set"
     text = (folder / "index.json").read_text()
-    for name, told in (("pipe:touch /tmp/x", "an index never runs a command"), ("/etc/passwd", "which lies on this machine")):
+    refused = {"pipe:touch /tmp/x": "an index never runs a command", "/etc/passwd": "which lies on this machine",
+               "file:///etc/passwd": "it may name http", "simplecache::http://x/y": "it may name http"}  # fmt: skip
+    for name, told in refused.items():
         (folder / "index.json").write_text(text.replace('"shard-00000.tar"', f'"{name}"'))
         with pytest.raises(DataError, match=told):
             elsewhere(server, tmp_path)

@@ -14,12 +14,13 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from imagesets import as_npy, folder_of, grey_folder, idx_files, noise
+from imagesets import as_npy, encoded, folder_of, grey_folder, idx_files, noise
 
 from mimetic.data.cache import ShardCache
 from mimetic.data.decode import decode
 from mimetic.data.index import ROW, Index, open_index
 from mimetic.data.masks import BlockMasks
+from mimetic.data.mixture import Mixture
 from mimetic.data.pack import pack
 from mimetic.data.stream import Batch, ShardStream
 from mimetic.data.views import Augmentation, PretrainViews
@@ -358,3 +359,35 @@ def test_streams_are_told_apart_only_by_what_matters():
     stream = functools.partial(ShardStream, blanks([10]), 2)
     assert stream(workers=0).state_dict() == stream(workers=2).state_dict()
     assert stream(rank=0, world=3).state_dict() == stream(rank=2, world=3).state_dict()
+
+
+def test_mixtures_of_other_weights_and_subsets_of_another_order_are_other_data(index):
+    def state(**options: Any) -> dict[str, Any]:
+        return ShardStream(index, 2, **options).state_dict()
+
+    with pytest.raises(CheckpointError, match="subset"):
+        ShardStream(index, 2, subset=np.array([2, 1]), shuffle=False).load_state_dict(state(subset=np.array([1, 2]), shuffle=False))
+    mixtures = [Mixture((index, index), weights, 20) for weights in ((1, 1), (1, 2))]
+    with pytest.raises(CheckpointError, match="fingerprint"):
+        ShardStream(mixtures[0], 2).load_state_dict(ShardStream(mixtures[1], 2).state_dict())
+
+
+def test_what_a_mixture_says_of_itself(index, tmp_path):
+    pack(idx_files(tmp_path / "src", noise(3, 9, 14, 11)), tmp_path / "out")
+    other = open_index(tmp_path / "out")
+    mixture = Mixture((index, other), (3, 1), 1000)
+    assert mixture.mean[0] == pytest.approx(0.75 * index.mean[0] + 0.25 * other.mean[0], abs=1e-6)
+    samples = np.array([0, 22, 23, 31])
+    assert mixture.keys(samples) == index.keys(samples[:2]) + other.keys(samples[2:] - 23)
+    assert [mixture.read(i) for i in samples] == [index.read(0), index.read(22), other.read(0), other.read(8)]
+    stream = ShardStream(mixture, 8, transform=VIEWS)
+    assert len(stream) == 125
+    met = torch.cat([batch["sample"] for batch in stream])
+    assert (met < 23).float().mean() == pytest.approx(0.75, abs=0.05)
+    pack(folder_of(tmp_path / "tree", {"a.png": encoded(noise(1, 4, 4, 3))}), tmp_path / "colour")
+    with pytest.raises(SettingError, match=r"has 3 channels, .* has 1; sets that are mixed need the same"):
+        Mixture((index, open_index(tmp_path / "colour")), (1, 1), 10)
+    with pytest.raises(SettingError, match=r"the weight 1e-06 of .*, less than one sample in 10,000; raise it or leave"):
+        Mixture((index, other), (1, 1e-6), 10)
+    with pytest.raises(SettingError, match="sets are mixed as a whole"):
+        ShardStream(mixture, 2, subset=np.array([1]))
