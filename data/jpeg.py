@@ -79,7 +79,7 @@ class Jpeg:
             array = simplejpeg.decode_jpeg(self.content, self.colour, min_height=height, min_width=width)
         except Exception as error:
             raise ValueError(str(error)) from None
-        return np.ascontiguousarray(self._cut(array, box, reduction))
+        return self._cut(array, box, reduction)
 
     def _cut(self, array: NDArray[np.uint8], box: Box, reduction: int) -> NDArray[np.uint8]:
         """The box is turned as the file is, cut, and turned back: the edges of a reduced picture need not be whole pixels."""

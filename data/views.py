@@ -140,9 +140,10 @@ def resized(crops: Iterable[torch.Tensor], count: int, *views: tuple[int, str]) 
         batches = batches or [
             torch.empty(count, len(crop), size, size, dtype=torch.uint8, memory_format=torch.channels_last) for size, _ in views
         ]
+        crop_1CHW = crop.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # so that torch takes it for channels last, and a third less time
         for batch_BCHW, (size, mode) in zip(batches, views, strict=True):
             fits = crop.shape[-2:] == (size, size)
-            batch_BCHW[place] = crop if fits else F.interpolate(crop[None], (size, size), mode=mode, antialias=True)[0]
+            batch_BCHW[place] = crop if fits else F.interpolate(crop_1CHW, (size, size), mode=mode, antialias=True)[0]
     return batches
 
 
