@@ -30,7 +30,7 @@ from mimetic.data.randomness import mix
 from mimetic.data.stream import ShardStream
 from mimetic.data.views import Augmentation, PretrainViews
 
-BATCH, ROUNDS, SMALL_COUNT = 64, 5, 256
+BATCH, ROUNDS, SMALL_COUNT = 64, 5, 512
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 GOALS = {"BEiT's own": {"small": 5, "large": 8}, "bare decoder": {"small": 0.5, "large": 0.5}}
 
@@ -95,7 +95,7 @@ def bare_decoder(folder: Path) -> Iterator[int]:
 def ours(folder: Path, epoch: int) -> Iterator[int]:
     views = PretrainViews(224, 112, Augmentation(jitter=0.4), BlockMasks((14, 14), 75))
     index = open_index(folder)
-    stream = ShardStream(index, min(BATCH, len(index)), epoch=epoch, transform=views)
+    stream = ShardStream(index, min(BATCH, len(index) // 2), epoch=epoch, transform=views)
     yield 0
     for batch in stream:
         yield int(batch["valid"].sum())
@@ -141,7 +141,7 @@ def main() -> None:
     photos, origin = photographs()
     print(origin)
     with tempfile.TemporaryDirectory() as work:
-        for name, files in (("small", small_ones(photos, SMALL_COUNT)), ("large", photos)):
+        for name, files in (("small", small_ones(photos, SMALL_COUNT)), ("large", photos * 3)):
             source, shards = Path(work) / name, Path(work) / f"{name}-shards"
             source.mkdir()
             for i, content in enumerate(files):

@@ -67,8 +67,9 @@ def _mean_grey(values_N: NDArray[np.uint8], channels: int) -> float:
     """The mean of grey levels, which torchvision cuts off to whole numbers: all fractions are taken to be as common."""
     lines = values_N[: len(values_N) // LINE * LINE].reshape(-1, LINE)
     sums = [lines[i : i + 256].sum(0, dtype=np.uint16) for i in range(0, len(lines), 256)]  # 256 times 255 fits
-    rest = values_N[lines.size :].reshape(-1, channels).sum(0, dtype=np.int64)
-    means_C = (np.sum([np.zeros(LINE, np.uint16), *sums], 0, dtype=np.int64).reshape(-1, channels).sum(0) + rest) / (len(values_N) // channels)
+    sums_C = np.sum([np.zeros(LINE, np.uint16), *sums], 0, dtype=np.int64).reshape(-1, channels).sum(0)
+    rest_C = values_N[lines.size :].reshape(-1, channels).sum(0, dtype=np.int64)
+    means_C = (sums_C + rest_C) / (len(values_N) // channels)
     return max(0.0, float(means_C @ GREY) / 256 - 0.5) if channels == 3 else float(means_C[0])
 
 

@@ -1,6 +1,6 @@
 """JPEGs by libjpeg-turbo (simplejpeg), which can leave out what a small view does not need.
 
-A picture of 1/2, 1/4 or 1/8 of the size comes straight from the coefficients. What is odd or damaged is not read here: it is
+A picture of 1/2, 3/8, 1/4 or 1/8 of the size comes straight from the coefficients. What is odd or damaged is not read here: it is
 Pillow's to decide. Whole pictures are Pillow's to the last bit.
 
 Legend: C channels, H W pixels. A box is (top, left, height, width) in pixels of the upright picture.
@@ -19,7 +19,7 @@ Box = tuple[int, int, int, int]
 
 SOI, SOS, APP1 = b"\xff\xd8", 0xDA, 0xE1
 COLOURS = {(1, "Gray"): "GRAY", (3, "Gray"): "RGB", (3, "YCbCr"): "RGB", (3, "RGB"): "RGB"}  # (wanted, as written): as read
-REDUCTIONS = (8, 4, 2)  # libjpeg has every eighth, but the others lack vector code and are slower than the whole picture
+EIGHTHS = (1, 2, 3, 4, 8)  # of the size; libjpeg has all, but lacks vector code for those left out: they take as long as the whole
 ORIENTATION = 0x0112
 UPRIGHT = {  # EXIF orientation: are rows and columns to be swapped; are rows, are columns to be turned round afterwards
     1: (False, False, False), 2: (False, False, True), 3: (False, True, True), 4: (False, True, False),
@@ -63,25 +63,26 @@ class Jpeg:
         return self.encoded_HW[::-1] if UPRIGHT[self.orientation][0] else self.encoded_HW
 
     def crop(self, box: Box, smallest: int | None = None) -> NDArray[np.uint8]:
-        """uint8 (h, w, C), contiguous and upright: what lies in a box.
+        """uint8 (h, w, C), upright: what lies in a box.
 
         Args:
             box: inside the picture.
-            smallest: pixels a side that are enough. A larger box comes at a half, a fourth or an eighth of its size, whichever
-                is the least that has them, its edges moved to the nearest pixel of that size.
+            smallest: pixels a side that are enough. A larger box comes at 1/2, 3/8, 1/4 or 1/8 of its size, whichever is the
+                least that has them, its edges moved to the nearest pixel of that size.
 
         Raises:
             ValueError: there is something about the file, not always a damage.
         """
-        reduction = 1 if smallest is None else next((r for r in REDUCTIONS if min(box[2:]) >= r * (smallest + 1)), 1)
-        height, width = (-(-side // reduction) for side in self.encoded_HW)
+        eighths = 8 if smallest is None else next((e for e in EIGHTHS if e * min(box[2:]) >= 8 * (smallest + 1)), 8)
+        height, width = (-(-side * eighths // 8) for side in self.encoded_HW)
         try:
             array = simplejpeg.decode_jpeg(self.content, self.colour, min_height=height, min_width=width)
         except Exception as error:
             raise ValueError(str(error)) from None
-        return self._cut(array, box, reduction)
+        cut = self._cut(array, box, eighths)
+        return cut if min(cut.strides) > 0 else np.ascontiguousarray(cut)  # torch cannot read backwards
 
-    def _cut(self, array: NDArray[np.uint8], box: Box, reduction: int) -> NDArray[np.uint8]:
+    def _cut(self, array: NDArray[np.uint8], box: Box, eighths: int) -> NDArray[np.uint8]:
         """The box is turned as the file is, cut, and turned back: the edges of a reduced picture need not be whole pixels."""
         swapped, rows_turned, columns_turned = UPRIGHT[self.orientation]
         top, left, height, width = box
@@ -89,7 +90,7 @@ class Jpeg:
             top = self.size[0] - top - height
         if columns_turned:
             left = self.size[1] - left - width
-        rows, columns = (slice((start + reduction // 2) // reduction, (start + length + reduction // 2) // reduction)
+        rows, columns = (slice((start * eighths + 4) // 8, ((start + length) * eighths + 4) // 8)
                          for start, length in ((top, height), (left, width)))  # fmt: skip
         cut = array[columns, rows].swapaxes(0, 1) if swapped else array[rows, columns]
         return cut[:: -1 if rows_turned else 1, :: -1 if columns_turned else 1]

@@ -236,13 +236,14 @@ def test_arrays_of_five_channels_and_grey_images_pass_through_all_steps():
 PHOTOS = [encoded(image, "jpeg", quality=92) for image in load_sample_images().images]  # 640x427
 
 
-def plain_views(content: bytes, seed: int, sizes: tuple[int, int], jitter: float, grid: int) -> tuple[list[np.ndarray], int]:
-    """Pillow and torchvision, step by step; where a small part of the picture is enough, the box's edges lie on a `grid`."""
+def plain_views(content: bytes, seed: int, sizes: tuple[int, int], jitter: float, grid: bool) -> tuple[list[np.ndarray], bool]:
+    """Pillow and torchvision, step by step; where a small picture is enough, the box's edges lie on its pixels if `grid`."""
     seeds, picture = np.array([seed]), Image.open(io.BytesIO(content))
     box = random_boxes(seeds, np.array([picture.size[::-1]]), (0.08, 1.0))[0]
-    reduction = next((r for r in (8, 4, 2) if min(box[2:]) >= r * (sizes[0] + 1)), 1)
-    step = reduction if grid else 1
-    top, left, bottom, right = (np.array([*box[:2], *(box[:2] + box[2:])]) + step // 2) // step * step
+    eighths = next((e for e in (1, 2, 3, 4) if e * min(box[2:]) >= 8 * (sizes[0] + 1)), 8)
+    edges = np.array([*box[:2], *(box[:2] + box[2:])])
+    edges = np.rint((edges * eighths + 4) // 8 * 8 / eighths).astype(int) if grid else edges
+    top, left, bottom, right = np.minimum(edges, [*picture.size[::-1]] * 2)
     crop = torch.from_numpy(np.array(picture)[top:bottom, left:right]).permute(2, 0, 1)
     factors = 1 + jitter * (2 * uniform(seeds[:, None], JITTER, 0, np.arange(3))[0] - 1)
     for i in uniform(seeds[:, None], JITTER, 1, np.arange(3))[0].argsort():
@@ -250,7 +251,7 @@ def plain_views(content: bytes, seed: int, sizes: tuple[int, int], jitter: float
     crop = TF.horizontal_flip(crop) if uniform(seeds, FLIP)[0] < 0.5 else crop
     whole = Image.fromarray(crop.permute(1, 2, 0).numpy())
     filters = Image.Resampling.BICUBIC, Image.Resampling.LANCZOS
-    return [np.array(whole.resize((size, size), kind)) for size, kind in zip(sizes, filters, strict=True)], reduction
+    return [np.array(whole.resize((size, size), kind)) for size, kind in zip(sizes, filters, strict=True)], eighths < 8
 
 
 def differences(sizes: tuple[int, int], jitter: float, grid: bool = True) -> dict[bool, np.ndarray]:
@@ -258,10 +259,10 @@ def differences(sizes: tuple[int, int], jitter: float, grid: bool = True) -> dic
     views, found = PretrainViews(*sizes, Augmentation(jitter=jitter), None), {False: [], True: []}
     for i, seed in enumerate(SEEDS[:120]):
         batch = views([Picture(PHOTOS[i % 2], 3)], SEEDS[i : i + 1])
-        expected, reduction = plain_views(PHOTOS[i % 2], seed, sizes, jitter, grid)
+        expected, reduced = plain_views(PHOTOS[i % 2], seed, sizes, jitter, grid)
         ours = (batch[name][0].permute(1, 2, 0).numpy().astype(int) for name in ("image", "target"))
         errors = [np.abs(mine - theirs) for mine, theirs in zip(ours, expected, strict=True)]
-        found[reduction > 1].append([[error.mean(), np.quantile(error, 0.99)] for error in errors])
+        found[reduced].append([[error.mean(), np.quantile(error, 0.99)] for error in errors])
     return {reduced: np.array(values) for reduced, values in found.items() if values}
 
 
@@ -279,7 +280,7 @@ def test_views_are_those_of_a_plain_pipeline(jitter):
 def test_views_of_reduced_pictures_differ_by_what_the_decoder_averages(jitter):
     found = differences((64, 32), jitter)[True]
     assert len(found) > 60
-    assert (found.mean(0) <= [(1.7, 11), (1.0, 7)]).all(), found.mean(0)  # mean and 99th percentile of `image` and `target`
+    assert (found.mean(0) <= [(1.8, 12), (1.0, 7)]).all(), found.mean(0)  # mean and 99th percentile of `image` and `target`
     drawn = differences((64, 32), jitter, grid=False)[True]
     assert (drawn.mean(0) > found.mean(0)).all(), "edges lie on the reduced picture's pixels"
     assert (drawn.mean(0) <= [(4, 28), (2.6, 18)]).all(), drawn.mean(0)
