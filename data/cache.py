@@ -169,9 +169,8 @@ def _cleared(part: Path) -> bool:
     """Removes an unfinished copy if the process that left it is gone."""
     try:
         with _locked(part, "rb+", fcntl.LOCK_EX | fcntl.LOCK_NB) as held:
-            if _is_at(held, part):
+            if there := _is_at(held, part):
                 part.unlink()
-                return True
-    except OSError:
-        pass
-    return False
+            return there
+    except OSError:  # somebody holds it
+        return False
