@@ -98,4 +98,4 @@ def _rows(index: Index, shard: int, samples: list[Sample], file: int, tally: Tal
 def _is_label(text: str | None, label: int, classes: list[str]) -> bool:
     if label < 0:
         return not text or text.startswith("-")
-    return text is not None and (text == classes[label] or text == str(label))
+    return text is not None and (classes[label : label + 1] == [text] or text == str(label))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from mimetic.data.cache import ShardCache, cache_folder
 from mimetic.data.fetch import is_address, spool
-from mimetic.data.index import UNLABELLED, Index, open_index
+from mimetic.data.index import REPAIR, UNLABELLED, Index, open_index
 from mimetic.data.indexing import find_tars, index_tars
 from mimetic.data.mixture import Mixture
 from mimetic.data.randomness import mix
@@ -96,6 +96,8 @@ def open_labelled(settings: DataSettings) -> Index:
         raise SettingError(f"data.mix names {len(settings.mix)} sets, but labels mean something else in each; give one data.index")
     if not index.classes:
         raise SettingError(f"{index.home} has no labels; pack a tree with a sub-folder for each class")
+    if (largest := int(index.rows["label"].max())) >= len(index.classes):
+        raise DataError(f"{index.home}: its index has {len(index.classes)} classes, but a sample of class number {largest}; {REPAIR}")
     return index
 
 

@@ -69,6 +69,7 @@ def change_json(shards: Path, **changes) -> None:
     [
         (lambda f: changed_rows(f, label=1 - np.load(f / "samples.npy")["label"][5]), r"the label is '.' in the tar, the index says ."),
         (lambda f: changed_rows(f, label=-1), r"the label is '.' in the tar, the index says -1"),
+        (lambda f: changed_rows(f, label=99), r"the label is '.' in the tar, the index says 99"),
         (lambda f: changed_rows(f, size=7), r"\d+ bytes in the tar, the index says 7"),
         (lambda f: changed_rows(f, offset=8), r"no image begins at byte 8 of the tar"),
         (lambda f: (f / "keys.txt").write_bytes((f / "keys.txt").read_bytes().replace(b"/", b"_")), r"the key is '././' in the tar"),
@@ -80,7 +81,7 @@ def change_json(shards: Path, **changes) -> None:
         (lambda f: (f / "shard-00001.tar").write_bytes((f / "shard-00000.tar").read_bytes()), "the key is"),
         (lambda f: change_json(f, name="../src/a/0.png"), "breaks at byte 0"),
     ],
-    ids=["label", "no-label", "size", "offset", "keys", "bytes", "sha256", "missing", "cut", "empty", "another", "no-tar"],
+    ids=["label", "no-label", "no-such-label", "size", "offset", "keys", "bytes", "sha256", "missing", "cut", "empty", "another", "no-tar"],
 )  # fmt: skip
 def test_what_does_not_agree_is_named(shards, damage, message):
     damage(shards)

@@ -3,15 +3,17 @@
 import shutil
 import sys
 
+import numpy as np
 import pytest
 from faulty_server import serving
-from imagesets import grey_folder
+from imagesets import encoded, folder_of, grey_folder, noise
 from shardreading import contents
 
 from mimetic.data.cache import ShardCache
 from mimetic.data.index import open_index
-from mimetic.data.opening import open_set
+from mimetic.data.opening import open_labelled, open_set
 from mimetic.data.pack import pack
+from mimetic.engine.config import DataSettings
 from mimetic.engine.errors import DataError, SettingError
 
 
@@ -64,3 +66,12 @@ def test_what_cannot_be_opened_is_one_line(packed, cache, monkeypatch, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingError, match=r"cannot be written .*; give data.cache another folder"):
         open_set(packed / "*.tar", ShardCache(tmp_path / "file/cache"))
+
+
+def test_a_label_beyond_the_classes_is_told_before_training(tmp_path):
+    pack(folder_of(tmp_path / "src", {f"{name}/a.png": encoded(noise(1, 4, 4)) for name in "ab"}), tmp_path / "shards")
+    rows = np.load(tmp_path / "shards/samples.npy")
+    rows["label"][1] = 7
+    np.save(tmp_path / "shards/samples.npy", rows)
+    with pytest.raises(DataError, match="its index has 2 classes, but a sample of class number 7"):
+        open_labelled(DataSettings(str(tmp_path / "shards")))
