@@ -1,6 +1,6 @@
 """What one core delivers of BEiT's two views and masks from photographs: ours, beside the usual ways and a bare decoder.
 
-Run: python benchmarks/loader.py     fetches wallpapers (140 MB) the first time, then takes about two minutes
+Run: python benchmarks/loader.py     fetches wallpapers (140 MB) the first time, then takes two to three minutes
 
 One process, one thread, all ways in turn, several rounds; medians of the rates, and of the ratios within each round.
 """
