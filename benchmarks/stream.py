@@ -145,7 +145,7 @@ def simulate(arguments: argparse.Namespace) -> None:
           f"inside, it would count for {np.mean(whole.effective):,.0f} samples (a full shuffle: "
           f"{effective_by_chance(sizes, machines * rows):,.0f})")  # fmt: skip
 
-    fewer = machines - arguments.lost
+    fewer = max(1, machines - arguments.lost)
     common = np.lcm(machines * rows, fewer * rows)
     middle = max(1, round(order.samples / 2 / common)) * common  # both global batches divide it
     if middle < order.samples:
@@ -157,7 +157,14 @@ def simulate(arguments: argparse.Namespace) -> None:
         tell(f"the other {fewer}", rest, kept_rest, weight, fewer, share)
         if arguments.plot:
             draw(arguments.plot, whole, kept, rest, kept_rest, weight, middle / order.samples)
-    print("the order of samples is the same before and after: a batch is the next so many places of it")
+        same = np.array_equal(*(np.sort(samples_of(order, count * rows, middle, common)) for count in (machines, fewer)))
+        print(f"the {common:,} samples after the loss are {'the same' if same else 'OTHERS'}, on {machines} machines and on {fewer}")
+
+
+def samples_of(order: Shuffled, batch: int, begin: int, count: int) -> NDArray[np.int64]:
+    """So many samples from a place on, read in global batches of a size that divides both."""
+    plan = BatchPlan(order, batch, tail="drop")
+    return np.concatenate([plan.batch(step)[0] for step in range(begin // batch, (begin + count) // batch)])
 
 
 def tell(who: str, found: Walk, kept: NDArray[np.float64], weight: NDArray[np.float64], machines: int, share: float) -> None:

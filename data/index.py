@@ -92,7 +92,7 @@ class Index:
         begin = self.rows["key"][samples].astype(np.int64)
         end = np.where(samples + 1 < len(self), self.rows["key"][following].astype(np.int64), len(self.key_bytes)) - 1
         if (end < begin).any() or (end > len(self.key_bytes)).any() or (end - begin).max(initial=0) > LONGEST_KEY:
-            raise DataError(f"{self.home}: samples.npy and keys.txt do not fit together; {REPAIR}")
+            raise DataError(f"{shown(self.home)}: samples.npy and keys.txt do not fit together; {REPAIR}")
         place = begin[:, None] + np.arange(max(1, (end - begin).max(initial=0)))
         letters = np.where(place < end[:, None], self.key_bytes[np.minimum(place, len(self.key_bytes) - 1)], np.uint8(0))
         return letters.view(f"S{letters.shape[1]}")[:, 0]
@@ -138,7 +138,7 @@ class Index:
         content = os.pread(_descriptor(self, shard), int(row["size"]), int(row["offset"]))
         if len(content) != row["size"]:
             place, key = located(self.home, self.shards[shard]["name"]), self.keys(np.array([sample]))[0]
-            raise DataError(f"{place}: sample {key} has {len(content)} of {row['size']} bytes; the shard has changed: {REPAIR}")
+            raise DataError(f"{shown(place)}: sample {key} has {len(content)} of {row['size']} bytes; the shard has changed: {REPAIR}")
         return content
 
 
@@ -161,7 +161,7 @@ def open_index(path: str | Path, cache: ShardCache | None = None, *, sizes: bool
     file = _index_file(str(path))
     home = parent(file) if is_address(file) else os.path.dirname(file) or "."
     try:
-        raw = _fetched_now(file, cache) if is_address(file) else Path(file).read_bytes()
+        raw = _fetched_now(file) if is_address(file) else Path(file).read_bytes()
         content = json.loads(raw)
         if content["version"] != VERSION:
             raise DataError(f"{shown(file)}: index version {content['version']}, this program reads version {VERSION}; {REPAIR}")
@@ -216,7 +216,7 @@ def _index_file(path: str) -> str:
     return str(file)
 
 
-def _fetched_now(address: str, cache: ShardCache) -> bytes:
+def _fetched_now(address: str) -> bytes:
     """A small file from elsewhere, as it is now."""
     with tempfile.TemporaryDirectory() as folder:
         fetch(address, Path(folder, "index.json"), patience=AT_START)
@@ -242,13 +242,13 @@ def _check_shards(index: Index, sizes: bool) -> None:
     for shard in index.shards:
         name, place = shard["name"], located(index.home, shard["name"])
         if name.startswith("pipe:"):
-            raise DataError(f"{index.home}: its index names {name[:60]!r}; an index never runs a command: type it")
+            raise DataError(f"{shown(index.home)}: its index names {name[:60]!r}; an index never runs a command: type it")
         if is_address(place):
             if place.partition("://")[0] not in ELSEWHERE or "::" in place:
-                raise DataError(f"{index.home}: its index names {name[:60]!r}; it may name {', '.join(ELSEWHERE)}; {REPAIR}")
+                raise DataError(f"{shown(index.home)}: its index names {name[:60]!r}; it may name {', '.join(ELSEWHERE)}; {REPAIR}")
             continue
         if is_address(index.home):
-            raise DataError(f"{index.home}: its index names {place}, which lies on this machine; {REPAIR}")
+            raise DataError(f"{shown(index.home)}: its index names {place}, which lies on this machine; {REPAIR}")
         found = os.stat(place).st_size if sizes and os.path.exists(place) else 0
         if sizes and found != shard["bytes"]:
             raise DataError(f"{place}: {found} bytes, the index says {shard['bytes']}; the shard has changed: {REPAIR}")

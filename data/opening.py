@@ -11,7 +11,7 @@ from braceexpand import braceexpand
 from numpy.typing import NDArray
 
 from mimetic.data.cache import ShardCache, cache_folder
-from mimetic.data.fetch import is_address, spool
+from mimetic.data.fetch import is_address, shown, spool
 from mimetic.data.index import REPAIR, UNLABELLED, Index, open_index
 from mimetic.data.indexing import find_tars, index_tars
 from mimetic.data.mixture import Mixture
@@ -49,11 +49,11 @@ def open_set(named: str | Path, cache: ShardCache | None = None) -> Index:
         if not any(name in word for word in sys.argv):
             raise SettingError(f"{name[:60]}: a command is run only where it is typed, on the command line, never from a file")
         return open_index(_indexed(list(braceexpand(name)), name, cache), cache)
-    is_pattern = any(letter in name for letter in "*?[{") and not os.path.exists(name)
-    if not name.endswith(".tar") and not is_pattern:
+    is_pattern = any(letter in name for letter in ("*[{" if is_address(name) else "*?[{")) and not os.path.exists(name)
+    if not shown(name).endswith(".tar") and not is_pattern:
         return open_index(name, cache)
     if is_address(name):
-        raise DataError(f"{name}: tars elsewhere need an index here: make one with `mimetic index '{name}' --out FOLDER`, and give FOLDER")
+        raise DataError(f"{shown(name)}: tars elsewhere need an index here: `mimetic index '{shown(name)}' --out FOLDER`, and give FOLDER")
     tars = [os.path.abspath(tar) for tar in find_tars([name])]
     return open_index(_indexed(tars, repr([(tar, (entry := os.stat(tar)).st_size, entry.st_mtime_ns) for tar in tars]), cache), cache)
 

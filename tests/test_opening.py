@@ -37,6 +37,14 @@ def test_all_names_of_a_set_give_its_samples(packed, cache, name, capsys):
     assert capsys.readouterr().out == "", "made once"
 
 
+def test_a_set_elsewhere_is_named_by_its_address_signed_or_not(packed, tmp_path):
+    with serving(packed.parent) as server:
+        for query in ("", "?sig=ab"):
+            server.query = query[1:]
+            index = open_set(f"{server.address}/shards{query}", ShardCache(tmp_path / f"cache{len(query)}"))
+            assert contents(index) == contents(open_index(packed))
+
+
 def test_a_single_tar_is_a_set_and_a_changed_one_another(packed, cache):
     first = open_set(packed / "shard-00000.tar", cache)
     assert len(first) == 5
@@ -58,7 +66,7 @@ def test_a_command_that_is_typed_is_spooled_once(packed, cache, monkeypatch, tmp
 def test_what_cannot_be_opened_is_one_line(packed, cache, monkeypatch, tmp_path):
     with pytest.raises(DataError, match=r"no-\*\.tar: no such file; give tars"):
         open_set(tmp_path / "no-*.tar", cache)
-    with serving(packed) as server, pytest.raises(DataError, match=r"elsewhere need an index here: make one with `mimetic index 'http"):
+    with serving(packed) as server, pytest.raises(DataError, match=r"elsewhere need an index here: `mimetic index 'http"):
         open_set(f"{server.address}/shard-{{00000..00002}}.tar", cache)
     monkeypatch.setattr(sys, "argv", ["pipe:cat nowhere.tar"])
     with pytest.raises(DataError, match=r"pipe:cat nowhere.tar ended with code 1 \(cat: .*No such file"):
