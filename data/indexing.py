@@ -17,7 +17,7 @@ import numpy as np
 from mimetic.data.cache import ShardCache, cache_folder
 from mimetic.data.decode import channels_of, silence_pillow
 from mimetic.data.fetch import is_address
-from mimetic.data.packing.items import as_line, as_text
+from mimetic.data.packing.items import as_line, as_text, counted
 from mimetic.data.packing.labels import number_labels
 from mimetic.data.packing.moments import Moments, evenly, how_many_measured, pixels_to_measure
 from mimetic.data.packing.shards import make_part
@@ -164,7 +164,8 @@ def _judge(places: list[str], scans: list[Scan], max_bad: float) -> list[tuple[s
     bad = sum(len(found.rejected) + found.lost for found in scans)
     samples = bad + sum(len(found.samples) for found in scans)
     if samples == bad:
-        raise DataError(f"no usable sample in {len(places)} shards, the first: {': '.join(rejected[0]) if rejected else places[0]}")
+        first = ": ".join(rejected[0]) if rejected else places[0]
+        raise DataError(f"no usable sample in {counted(len(places), 'shard')}, the first: {first}")
     if bad > (allowed := int(max_bad * samples + 1e-9)):
         worst = max(zip(places, scans, strict=True), key=lambda pair: pair[1].lost)
         told = f"{worst[0]} {worst[1].damage}" if worst[1].damage else ": ".join(rejected[-1])

@@ -113,11 +113,11 @@ def test_the_commands_say_what_they_do_and_what_comes_next(tmp_path, monkeypatch
     tar = tmp_path / "out/train/shard-00000.tar"
     said = typed(monkeypatch, capsys, "index", tar, "--out", tmp_path / "index")
     assert said[0] == f"indexing {tar}"
-    assert re.match(rf"\d+ images, no labels, 1 shards: {tmp_path}/index/index\.json", said[-1])
+    assert re.match(rf"\d+ images, no labels, 1 shard: {tmp_path}/index/index\.json", said[-1])
     said = typed(monkeypatch, capsys, "check", tmp_path / "index")
-    assert re.match(rf"{tmp_path}/index: sound, \d+ images in 1 shards", said[-1])
+    assert re.match(rf"{tmp_path}/index: sound, \d+ images in 1 shard", said[-1])
     spoil(tmp_path / "index", 3)
-    with pytest.raises(DataError, match=r"index: 2 faults, in 1 of \d+ images and 1 of 1 shards; all are in .*faults\.tsv; pack or fetch"):
+    with pytest.raises(DataError, match=r"index: 2 faults, in 1 of \d+ images and 1 of 1 shard; all are in .*faults\.tsv; pack or fetch"):
         typed(monkeypatch, capsys, "check", tmp_path / "index", "--out", tmp_path / "faults.tsv")
     assert len((tmp_path / "faults.tsv").read_text().splitlines()) == 2
     with pytest.raises(SettingError, match="--workers is 0"):

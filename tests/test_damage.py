@@ -222,7 +222,7 @@ def test_every_broken_tar_is_indexed_or_refused_and_nothing_in_it_goes_uncounted
     for name, content in tars.items():
         folder = folder_of(tmp_path / name, {"t.tar": content})
         if name.startswith("cut-") and int(name[4:]) < FIRST_SAMPLE:
-            with pytest.raises(DataError, match=r"^no usable sample in 1 shards, the first: .*t\.tar: breaks at byte .*$"):
+            with pytest.raises(DataError, match=r"^no usable sample in 1 shard, the first: .*t\.tar: breaks at byte .*$"):
                 index_tars([folder], max_bad=1)
             continue
         found = index_tars([folder], max_bad=1)

@@ -100,19 +100,19 @@ def test_a_flat_folder_and_images_beside_sub_folders_are_unlabelled(tmp_path):
 def test_why_a_tree_with_images_beside_its_sub_folders_has_no_labels_is_told(tmp_path, capsys):
     files = {f"{folder}/{i}.png": encoded(RGB) for folder in "ab" for i in range(2)}
     source = folder_of(tmp_path / "src", files)
-    assert "4 images, 2 classes, 1 shards: " in told(capsys, source, tmp_path / "out")
+    assert "4 images, 2 classes, 1 shard: " in told(capsys, source, tmp_path / "out")
     folder_of(source, {"cover.bmp": encoded(RGB, "bmp")})
     assert "5 images, no labels (cover.bmp lies beside the sub-folders; move it into one to have classes), " in told(
         capsys, source, tmp_path / "out"
     )
     folder_of(source, {f"{i}.png": encoded(RGB) for i in range(2)})
     assert "no labels (0.png and 2 more lie beside the sub-folders; move them into one" in told(capsys, source, tmp_path / "out")
-    assert "7 images, no labels, 1 shards: " in told(capsys, grey_folder(tmp_path / "flat", 7), tmp_path / "out")
+    assert "7 images, no labels, 1 shard: " in told(capsys, grey_folder(tmp_path / "flat", 7), tmp_path / "out")
 
 
 def test_files_of_other_kinds_are_counted(tmp_path, capsys):
     source = folder_of(grey_folder(tmp_path / "src", 3), {f"{i}.HEIC": b"photo" for i in range(9)})
-    assert "3 images, no labels, 1 shards, 9 files of other kinds left out (.heic): " in told(capsys, source, tmp_path / "out")
+    assert "3 images, no labels, 1 shard, 9 files of other kinds left out (.heic): " in told(capsys, source, tmp_path / "out")
     folder_of(source, dict.fromkeys(["a.txt", "b.txt", "README", ".DS_Store", "._0000.png", "._0001.png", ".git/HEAD"], b"x"))
     (source / "gone.png").symlink_to("nowhere")
     assert ", 16 files of other kinds left out (.heic, hidden, .txt ...): " in told(capsys, source, tmp_path / "out")
@@ -124,7 +124,7 @@ def test_shards_inside_the_source_are_no_images(tmp_path, capsys):
     source = grey_folder(tmp_path / "src", 3)
     first, second = (told(capsys, source, source / "shards") for _ in range(2))
     assert first == second
-    assert first.startswith("3 images, no labels, 1 shards: ")
+    assert first.startswith("3 images, no labels, 1 shard: ")
 
 
 def test_a_tree_keeps_its_bytes_in_every_format(tmp_path):
@@ -258,7 +258,7 @@ def test_large_pictures_are_read_in_silence_and_huge_ones_rejected(tmp_path, mon
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)  # Pillow warns beyond, and stops beyond twice that
     files = {"small.png": noise(1, 10, 10), "large.png": noise(2, 40, 40), "huge.png": noise(3, 50, 50)}
     source = folder_of(tmp_path / "src", {name: encoded(pixels) for name, pixels in files.items()})
-    assert "2 images, no labels, 1 shards, 1 unreadable" in told(capsys, source, tmp_path / "out")
+    assert "2 images, no labels, 1 shard, 1 unreadable" in told(capsys, source, tmp_path / "out")
     reason = "Image size (2500 pixels) exceeds limit of 2000 pixels; cut it into tiles"
     assert (tmp_path / "out" / "rejected.tsv").read_text() == f"{source}/huge.png\t{reason}\n"
 

@@ -180,7 +180,7 @@ def test_shards_are_named_in_many_ways(tars, monkeypatch):
         (["{tars}/empty"], DataError, r"empty: no \.tar in this folder"),
         (["{tars}/zip.tar"], DataError, r"zip\.tar is compressed \(zstd\).*unpack it: unzstd"),
         (["{tars}/a.tar.gz"], DataError, r"a\.tar\.gz is compressed, .*unpack the compression first"),
-        (["{tars}/zero.tar"], DataError, r"no usable sample in 1 shards, the first: .*zero\.tar: breaks at byte 0 of 0: empty file"),
+        (["{tars}/zero.tar"], DataError, r"no usable sample in 1 shard, the first: .*zero\.tar: breaks at byte 0 of 0: empty file"),
         (["{tars}/words.tar"], DataError, r"words\.tar: breaks at byte 0 of 900: "),
         (["{tars}/part-00.tar", "{tars}/other/x.tar"], SettingError, r"the shards lie in .*; say where the index goes with --out"),
         (["s3://bucket/x.tar"], SettingError, r"the shards lie in s3://; say where the index goes with --out"),

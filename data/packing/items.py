@@ -116,3 +116,8 @@ def as_text(path: str) -> str:
 def as_line(text: str) -> str:
     """Fit for a field of a table: one line, no tab, proper UTF-8."""
     return text.encode("utf-8", "replace").decode().translate(_LINE)
+
+
+def counted(number: int, word: str) -> str:
+    """`1 shard`, `2 shards`."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"

@@ -8,6 +8,7 @@ from typing import Any
 from mimetic.data.checking import check_shards
 from mimetic.data.indexing import index_tars
 from mimetic.data.pack import pack
+from mimetic.data.packing.items import counted
 from mimetic.data.packing.sources import left_out
 from mimetic.data.packing.workers import Teller
 from mimetic.engine.config import write_atomically
@@ -48,7 +49,8 @@ def _summary(content: dict[str, Any], out: Path, beside: str, others: str) -> st
     rejected = f", {content['rejected']} unreadable ones listed in {out}/rejected.tsv" if content["rejected"] else ""
     duplicates = f", {content['duplicates']} duplicates left out (see {out}/rejected.tsv)" if content["duplicates"] else ""
     classes = f"{len(content['classes'])} classes" if content["classes"] else f"no labels{beside}"
-    return f"{content['samples']:,} images, {classes}, {len(content['shards'])} shards{rejected}{duplicates}{others}: {out}/index.json"
+    shards = counted(len(content["shards"]), "shard")
+    return f"{content['samples']:,} images, {classes}, {shards}{rejected}{duplicates}{others}: {out}/index.json"
 
 
 def _why(beside: list[str]) -> str:
@@ -68,7 +70,8 @@ def index_and_tell(shards: Sequence[str], out: Path | None, workers: int, max_ba
     others = left_out(Counter({"members of no sample": content["others"]})) if content["others"] else ""
     classes = f"{len(content['classes'])} classes" if content["classes"] else "no labels"
     print(f"check them with `mimetic check {folder}`, train on --data.index {folder}")
-    print(f"{content['samples']:,} images, {classes}, {len(content['shards'])} shards{rejected}{others}: {folder}/index.json")
+    found = counted(len(content["shards"]), "shard")
+    print(f"{content['samples']:,} images, {classes}, {found}{rejected}{others}: {folder}/index.json")
 
 
 def check_and_tell(path: Path, workers: int, out: Path | None) -> None:
@@ -90,7 +93,7 @@ def check_and_tell(path: Path, workers: int, out: Path | None) -> None:
     if faults:
         bad = len({(shard, key) for shard, key, _ in faults if key})
         rest = f"; {FEW} are told, `--out FILE` keeps all" if len(faults) > FEW and not out else f"; all are in {out}" if out else ""
-        shards = f"{len({shard for shard, _, _ in faults}):,} of {len(index.shards):,} shards"
+        shards = f"{len({shard for shard, _, _ in faults}):,} of {counted(len(index.shards), 'shard')}"
         raise DataError(f"{path}: {len(faults):,} fault{'s' * (len(faults) > 1)}, in {bad:,} of {len(index):,} images and {shards}{rest}; "
                         "pack or fetch those shards again")  # fmt: skip
-    print(f"{path}: sound, {len(index):,} images in {len(index.shards):,} shards")
+    print(f"{path}: sound, {len(index):,} images in {counted(len(index.shards), 'shard')}")
