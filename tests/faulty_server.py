@@ -23,7 +23,7 @@ class FaultyServer(ThreadingHTTPServer):
         again: how often each path was gone on with.
         faults: faults of the next answers, one taken by each: "500", "404", "403", "drop", "stall", "short", "garbage".
         ranges: whether it can begin in the middle.
-        pace: seconds between pieces of PIECE bytes.
+        pace: seconds before each piece of PIECE bytes.
         query: what has to follow the path, a signature for instance.
     """
 
@@ -77,8 +77,8 @@ class _Handler(BaseHTTPRequestHandler):
             if fault in ("drop", "stall", "short") and place + PIECE > half:
                 self._break(fault, content[place:half])
                 return
-            self.wfile.write(content[place : place + PIECE])
             time.sleep(server.pace)
+            self.wfile.write(content[place : place + PIECE])
 
     def _break(self, fault: str, rest: bytes) -> None:
         self.wfile.write(rest)

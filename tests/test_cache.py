@@ -326,7 +326,7 @@ def test_shards_are_fetched_before_they_are_read_and_reading_ends_without_thread
 
 def test_workers_that_are_forked_while_another_stream_fetches_do_not_wait_for_ever(server, packed, tmp_path):
     """They inherit its open files, locks included."""
-    server.pace = 0.02
+    server.pace = 0.3
     first, second = (ShardStream(elsewhere(server, tmp_path), 3, seed=seed, workers=1) for seed in (1, 2))
     both = [(one["keys"], other["keys"]) for one, other in zip(first, second, strict=True)]
     assert len(both) == 20

@@ -124,6 +124,15 @@ def test_many_shards_of_one_class_each_are_mixed_by_streams_and_blocks():
     assert 0.28 < np.abs(place - place_again).mean() / len(first) < 0.38  # a third by chance
 
 
+@given(st.lists(st.integers(5, 20), min_size=2, max_size=8), seeds, st.integers(2, 4))
+def test_a_shard_is_read_in_one_go_wherever_the_line_is_cut(sizes, seed, streams):
+    """Two streams that share a shard read it at the same time, so a small cache need not fetch it twice."""
+    order = Shuffled(np.array(sizes), seed, streams=streams, block=1)
+    turn_of = np.argsort(order.draw(np.arange(order.samples))[0]) // streams
+    for begin, size in zip(order.starts, sizes, strict=False):
+        assert (np.diff(np.unique(turn_of[begin : begin + size])) <= 1).all()
+
+
 # Batches
 
 
