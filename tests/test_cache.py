@@ -22,6 +22,7 @@ from imagesets import grey_folder
 from tinyruns import files_of_at_most, wait_until
 
 from mimetic.data import fetch as fetch_module
+from mimetic.data import index as index_module
 from mimetic.data.cache import ShardCache
 from mimetic.data.fetch import fetch
 from mimetic.data.index import Index, open_index
@@ -203,17 +204,18 @@ def test_the_bound_holds_when_several_fetch_at_once_and_none_waits_for_ever(serv
     with ThreadPoolExecutor(6) as threads:
         work = [threads.submit(cache.fetched, f"{server.address}/{number % 8}.tar", **of(number % 8)) for number in range(24)]
         while not all(one.done() for one in work):
-            most = max(most, sum(size_of(file) for file in (tmp_path / "cache").glob("*.*")))
+            most = max(most, sum(dict(map(inode_and_size, (tmp_path / "cache").glob("*.*"))).values()))
             time.sleep(0.005)
     assert all(one.result() for one in work)
     assert most <= 700_000 + 300_000
 
 
-def size_of(file: Path) -> int:
+def inode_and_size(file: Path) -> tuple[int, int]:
+    """A file that is renamed meanwhile is met under both names."""
     try:
-        return file.stat().st_size
+        return file.stat().st_ino, file.stat().st_size
     except FileNotFoundError:
-        return 0
+        return 0, 0
 
 
 def test_files_of_other_people_in_the_folder_are_left_alone(server, tmp_path):
@@ -330,6 +332,15 @@ def test_workers_that_are_forked_while_another_stream_fetches_do_not_wait_for_ev
     first, second = (ShardStream(elsewhere(server, tmp_path), 3, seed=seed, workers=1) for seed in (1, 2))
     both = [(one["keys"], other["keys"]) for one, other in zip(first, second, strict=True)]
     assert len(both) == 20
+
+
+def test_what_was_evicted_is_not_kept_open(server, packed, tmp_path):
+    """An unlinked file takes its place on the disk until it is closed."""
+    index = elsewhere(server, tmp_path, 4 * packed.shards[0]["bytes"])
+    assert [index.read(i) for i in range(60)] == [packed.read(i) for i in range(60)]
+    kept = [opened for known, opened in index_module._descriptors.items() if known[0] == index.cache.folder]
+    assert 1 <= len(kept) <= 4
+    assert all(os.fstat(opened).st_nlink for opened in kept)
 
 
 def test_a_subset_needs_no_more_than_its_own_shards(server, packed, tmp_path):
