@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
 
     check = commands.add_parser("check", help="whether shards are what their index says and every image decodes",
                                 epilog="example: mimetic check shards/photos")  # fmt: skip
-    check.add_argument("path", type=Path, metavar="SHARDS", help="an index.json, or its folder")
+    check.add_argument("path", metavar="SHARDS", help="an index.json, its folder, or the address of either")
     check.add_argument("--out", type=Path, metavar="FILE", help="write all faults there: shard, key, reason")
     _add_workers(check)
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 Numbers = NDArray[np.int16]
 
-BRIGHTNESS, CONTRAST, SATURATION = range(3)
+BRIGHTNESS, CONTRAST, SATURATION = range(3)  # places of the factors
 BLACK, WHITE = np.int16(0), np.int16(255)
 GREY = np.array((77, 150, 29), dtype=np.uint16)  # / 256: what red, green and blue weigh in grey (ITU-R BT.601)
 PIECE = 3 * 2**15  # numbers worked on at a time: they and what is made of them stay in a core's cache

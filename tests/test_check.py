@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from faulty_server import serving
 from imagesets import encoded, folder_of, grey_folder, noise
 from shardreading import assert_sound, keys_of
 from test_pack import hashes
@@ -261,3 +262,12 @@ def test_two_processes_do_not_pack_into_one_folder(tmp_path):
 
     pack(source, tmp_path / "out", progress=told)
     assert len(open_index(tmp_path / "out")) == 6
+
+
+def test_shards_at_an_address_are_checked(shards, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    with serving(shards) as server:
+        said = typed(monkeypatch, capsys, "check", server.address, "--workers", "1")
+        assert said[-1] == f"{server.address}: sound, 10 images in 3 shards"
+        with pytest.raises(DataError, match=rf"^{server.address}/none/index.json: the answer is 404"):
+            typed(monkeypatch, capsys, "check", f"{server.address}/none")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from mimetic.data.cache import LIMIT
+from mimetic.data.order import CANONICAL_STREAMS, SHUFFLE_BLOCK
 from mimetic.engine.config import (
     DataSettings,
     OptimSettings,
@@ -249,3 +251,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
         assert [path.name for path in tmp_path.iterdir()] == ["index.json"]
     write_atomically(file, b"new")
     assert file.read_bytes() == b"new"
+
+
+def test_defaults_of_the_data_are_those_of_the_stream_and_of_the_cache():
+    settings = DataSettings("shards")
+    assert settings.shuffling == {"canonical_streams": CANONICAL_STREAMS, "shuffle_block": SHUFFLE_BLOCK}
+    assert settings.cache_gb * 1e9 == LIMIT

@@ -74,7 +74,7 @@ def index_and_tell(shards: Sequence[str], out: Path | None, workers: int, max_ba
     print(f"{content['samples']:,} images, {classes}, {found}{rejected}{others}: {folder}/index.json")
 
 
-def check_and_tell(path: Path, workers: int, out: Path | None) -> None:
+def check_and_tell(path: str | Path, workers: int, out: Path | None) -> None:
     """`mimetic check`: prints faults, one a line, and whether the shards are sound.
 
     Raises:
