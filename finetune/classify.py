@@ -46,7 +46,7 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
     augmentation = Augmentation((views.crop_low, 1.0), views.shift, views.flip, views.jitter)
     stream = ShardStream(
         index, recipe.data.batch_size, seed=recipe.seed, tail="drop", subset=trained_on, transform=ClassifyViews(size, augmentation),
-        **ranks, **recipe.data.shuffling,
+        accumulate=recipe.train.accumulate, **ranks, **recipe.data.shuffling,
     )  # fmt: skip
     mixing = Mixing(len(index.classes), views.mixup, views.cutmix, recipe.seed)
     if recipe.distill.teacher:
@@ -61,11 +61,12 @@ def classify(invocation: Invocation[ClassifyRecipe]) -> None:
             held_out, 2 * recipe.data.batch_size, shuffle=False, subset=measured_on, transform=ClassifyViews(size, None), **ranks
         ),
         lambda batches: [accuracy(model, normalize, batches, accelerator.device, recipe.evaluation.metric, details)],
+        best=recipe.evaluation.metric,
     )
 
     title = f"{recipe.arm}: {recipe.backbone.name} on {stream.samples:,} labelled images of {len(index.classes)} classes"
-    train(objective, stream, invocation=invocation, kind="classify", accelerator=accelerator, title=title, evaluation=evaluation)
-    if accelerator.is_main_process:
+    trained = train(objective, stream, invocation=invocation, kind="classify", accelerator=accelerator, title=title, evaluation=evaluation)
+    if trained and accelerator.is_main_process:
         folder = save_classifier(model, normalize, invocation.out, {"classes": index.classes})
         Run(invocation, "classify").finish()
         print(f"classifier in {folder}\nnext: mimetic compare {invocation.out} ... --out report")

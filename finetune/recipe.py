@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mimetic.backbones import catalog
 from mimetic.engine import ranges
-from mimetic.engine.config import BackboneSettings, DataSettings, OptimSettings, TrainSettings
+from mimetic.engine.config import BackboneSettings, DataSettings, GuardSettings, OptimSettings, TrainSettings
 from mimetic.engine.errors import SettingError
 
 RESIDUAL_CNN = "residual_cnn"  # the one model that is no backbone: a teacher
@@ -118,6 +118,7 @@ class ClassifyRecipe:
     distill: DistillSettings = DistillSettings()
     views: ClassifyViewSettings = ClassifyViewSettings()
     arm: str = "supervised"
+    guard: GuardSettings = GuardSettings()
     seed: int = 0
 
     def __post_init__(self) -> None:

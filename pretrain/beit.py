@@ -61,20 +61,22 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
     augmentation = Augmentation((views.crop_low, views.crop_high), views.shift, views.flip, views.jitter)
     ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
     training = PretrainViews(backbone.image_size[0], target_size, augmentation, masks)
-    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=training, **ranks, **recipe.data.shuffling)
+    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=training,
+                         accumulate=recipe.train.accumulate, **ranks, **recipe.data.shuffling)  # fmt: skip
 
     plain = PretrainViews(backbone.image_size[0], target_size, Augmentation((1.0, 1.0), flip=0.0), masks)
 
     evaluation = Evaluation(
         lambda: ShardStream(held_out, 2 * recipe.data.batch_size, shuffle=False, transform=plain, **ranks),
         lambda batches: masked_accuracy(objective, batches, accelerator.device),
+        best="masked_accuracy",
     )
 
     title = f"BEiT pretraining of {settings.name} ({sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters) without labels"
-    train(objective, stream, invocation=invocation, kind="pretrain", accelerator=accelerator, title=title,
+    trained = train(objective, stream, invocation=invocation, kind="pretrain", accelerator=accelerator, title=title,
           evaluation=evaluation if recipe.evaluate_on else None,
           shown=next(ShardStream(held_out, 12, shuffle=False, transform=plain).run(1)))  # fmt: skip
-    if accelerator.is_main_process:
+    if trained and accelerator.is_main_process:
         out = invocation.out / "backbone"
         save_backbone(backbone, out, mean=normalize.mean_C11.flatten().tolist(), std=normalize.std_C11.flatten().tolist())
         Run(invocation, "pretrain").finish()

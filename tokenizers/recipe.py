@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mimetic.engine import ranges
-from mimetic.engine.config import DataSettings, OptimSettings, TrainSettings
+from mimetic.engine.config import DataSettings, GuardSettings, OptimSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ class DvaeRecipe:
     dvae: DvaeSettings = DvaeSettings()
     views: TokenizerViewSettings = TokenizerViewSettings()
     evaluate_on: str | None = None
+    guard: GuardSettings = GuardSettings()
     seed: int = 0
 
     def __post_init__(self) -> None:

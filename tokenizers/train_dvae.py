@@ -43,7 +43,8 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
                            f"{max(1, views.image_size // settings.stride) * settings.stride}")  # fmt: skip
     ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
     augment = ClassifyViews(views.image_size, Augmentation((views.crop_low, 1.0), flip=views.flip))
-    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=augment, **ranks, **recipe.data.shuffling)
+    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=augment,
+                         accumulate=recipe.train.accumulate, **ranks, **recipe.data.shuffling)  # fmt: skip
     dvae = DVAE(settings.vocab_size, settings.stride, index.channels, settings.width, settings.code_width, settings.depth)
     dvae.to(accelerator.device)
     if newest(invocation.out / "checkpoints", tell=False) is None:  # the same images on every rank and world
@@ -59,14 +60,15 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     evaluation = Evaluation(
         lambda: ShardStream(held_out, 2 * recipe.data.batch_size, shuffle=False, transform=whole, **ranks),
         lambda batches: evaluate_tokenizer(dvae, batches, accelerator.device),
+        best="reconstruction_psnr",
     )
 
     size = sum(p.numel() for p in dvae.parameters()) / 1e6
     title = f"dVAE tokenizer of {settings.vocab_size} codes, stride {settings.stride} ({size:.1f} M parameters), without labels"
-    train(objective, stream, invocation=invocation, kind="tokenizer", accelerator=accelerator, title=title,
+    trained = train(objective, stream, invocation=invocation, kind="tokenizer", accelerator=accelerator, title=title,
           evaluation=evaluation if recipe.evaluate_on else None,
           shown=next(ShardStream(held_out, 16, shuffle=False, transform=whole).run(1)))  # fmt: skip
-    if accelerator.is_main_process:
+    if trained and accelerator.is_main_process:
         save_tokenizer(dvae, invocation.out / "tokenizer")
         Run(invocation, "tokenizer").finish()
         print(f"tokenizer in {invocation.out}/tokenizer\nnext: pretrain with it, pretrain/beit.py --tokenizer.path {invocation.out} "
