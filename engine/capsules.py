@@ -1,7 +1,7 @@
 """Capsules: all that it takes to compute one bad step again, alone.
 
 `RUN/capsules/step-00000123/` holds the weights before the step (`model.safetensors`), of each process its batches
-(`process-0.safetensors`) and what it saw (`process-0.json`), and `capsule.json`: recipe, world, versions, the reason. Randomness
+(`process-0.safetensors`) and what it saw (`process-0.json`), `recipe.yaml`, and `capsule.json`: world, versions, the reason. Randomness
 needs no file: every step draws from (seed, step, process). `mimetic replay` computes the step again.
 """
 
@@ -15,11 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 from torch import Tensor
 
 from mimetic.engine.checkpoints import WEIGHTS, Tensors, copies, hash_of
 from mimetic.engine.config import recipe_dict, write_atomically
 from mimetic.engine.errors import CheckpointError, disk_is_full
+from mimetic.engine.meeting import versions
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from mimetic.engine.run import Run
     from mimetic.engine.sharding import Sharing
 
-CAPSULE = "capsule.json"
+CAPSULE, RECIPE = "capsule.json", "recipe.yaml"
 
 
 @dataclass
@@ -71,9 +73,10 @@ def write_capsule(run: "Run", accelerator: "Accelerator", sharing: "Sharing", ta
             from safetensors.torch import save_file
 
             save_file(weights, temporary / WEIGHTS)
-            told = {"kind": run.kind, "recipe": recipe_dict(run.recipe), "step": taken.step, "steps": plan_steps,
+            write_atomically(temporary / RECIPE, yaml.safe_dump(recipe_dict(run.recipe), sort_keys=False))
+            told = {"kind": run.kind, "step": taken.step, "steps": plan_steps,
                     "world": accelerator.num_processes, "norm": str(pulse.norm), "limit": str(pulse.limit),
-                    "device": accelerator.device.type, "threads": torch.get_num_threads(), "versions": run.versions,
+                    "device": accelerator.device.type, "threads": torch.get_num_threads(), "versions": versions(),
                     "weights": hash_of(temporary / WEIGHTS)}  # fmt: skip
             write_atomically(temporary / CAPSULE, json.dumps(told, indent=1))
     except Exception as error:

@@ -7,6 +7,7 @@ Randomness needs no file: every step draws from (seed, step, process).
 Training waits for a copy in memory; a thread writes it under a temporary name, syncs, and renames.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
 
 MANIFEST = "manifest.json"
 WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
-SLACK = 1 << 20  # bytes beside the tensors: the manifest, and room for lines of metrics
+SLACK = 1 << 16  # bytes beside the tensors: the manifest, and room for lines of metrics
 Tensors = dict[str, "Tensor"]
 
 
@@ -101,7 +102,7 @@ class Keeper:
         """A disk that is filled to the last byte would stop the lines of metrics too."""
         needed = SLACK + sum(value.numel() * value.element_size() for tensors in files.values() for value in tensors.values())
         if shutil.disk_usage(self.folder).free < needed:
-            raise OSError(f"no space left: {needed >> 20} MiB are needed")
+            raise OSError(errno.ENOSPC, f"{needed >> 20} MiB are needed")
 
     def _prune(self, final: Path) -> None:
         """The newest stay, and the best. A later one that was passed over as damaged is no reason to drop this one."""

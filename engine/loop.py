@@ -294,17 +294,17 @@ class _Loop:
         if main:
             self.keeper.wait()
             if self.keeper.failure:
-                self.tell("checkpoint", self.step, f"{self.unsaved()}; training goes on, and tries again now")
+                self.tell("checkpoint", self.step, self.unsaved("free some space; training goes on, and tries again at the next one"))
             self.keeper.save(self.step, files, state, then=lambda: self.run.event("checkpoint", state["step"], "written"))
         if self.asked:
             self.leave()
         return False
 
-    def unsaved(self) -> str:
+    def unsaved(self, cure: str = "free some space and give the same command") -> str:
         """Why, and what there is instead."""
         found = checkpoints.newest(self.keeper.folder, tell=False)
         kept = f"the last good checkpoint is {found[0]}" if found else "there is no earlier checkpoint"
-        return f"{self.keeper.failure}; {kept}; free some space"
+        return f"{self.keeper.failure}; {kept}; {cure}"
 
     def leave(self) -> None:
         """Once the checkpoint is written, on all processes.

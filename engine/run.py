@@ -190,8 +190,8 @@ class Run:
         Raises:
             CheckpointError: names the settings that differ, with both values, or the input that changed.
         """
-        theirs = default_settings(type(self.recipe)) | flatten(state["recipe"])
         ours = flatten(recipe_dict(self.recipe))
+        theirs = self._completed(flatten(state["recipe"]), ours)
         (before, was), (now, it_is) = _images_a_step(theirs, state["world"]), _images_a_step(ours, world)
         if before != now and not set(STEP) & set(allow):
             raise CheckpointError(f"{checkpoint} had {before} images a step ({was}), this run has {now} ({it_is}); "
@@ -215,8 +215,8 @@ class Run:
         self._refuse_foreign()
         try:
             done = json.loads((self.folder / "finished.json").read_text())
-            defaults = default_settings(type(self.recipe))
-            same = defaults | json.loads(done["recipe"]) == defaults | json.loads(_fixed(self.recipe))
+            ours = json.loads(_fixed(self.recipe))
+            same = self._completed(json.loads(done["recipe"]), ours) == ours
         except (OSError, ValueError, TypeError, KeyError):  # none, or damaged: the checkpoints tell
             return False
         return same and not _changed(done.get("inputs", {}), self.inputs)
@@ -228,6 +228,11 @@ class Run:
             lines = read_lines(self.folder / "metrics.jsonl")
             self.event("finished", lines[-1]["step"] if lines else 0, "trained to the end of the recipe")
             write_atomically(self.folder / "finished.json", json.dumps(done) + "\n")
+
+    def _completed(self, stored: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+        """Stored settings, with the defaults of those that did not exist when they were stored."""
+        defaults = default_settings(type(self.recipe))
+        return {name: defaults[name] for name in ours if name not in stored and name in defaults} | stored
 
     def _refuse_foreign(self) -> None:
         """Nothing of anybody's is overwritten: a folder that is neither new nor a run is refused."""
