@@ -158,7 +158,8 @@ class _Batches(Dataset[Batch | MimeticError]):
         Raises:
             MimeticError: the data cannot be read.
         """
-        samples, epochs, valid = (places[:images] for places in self.plan.batch(step))
+        samples, epochs, valid = self.plan.batch(step)
+        samples, epochs, valid = samples[:images], epochs[:images], valid[:images]
         pictures = [Picture(self.source.read(int(sample)), self.source.channels) for sample in samples]
         tensors = (self.transform(pictures, mix(self.seed, epochs, samples)) if self.transform
                    else {"image": _stacked([picture.pixels() for picture in pictures])})  # fmt: skip

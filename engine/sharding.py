@@ -102,7 +102,7 @@ class Whole:
         self.accelerator, self.objective, self.clip, self.accumulate = accelerator, objective, settings.clip, accumulate
         unchanging = [name for name in dict(objective.named_buffers()) if name not in objective.state_dict()]
         DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(objective, unchanging)  # else sent round at every step
-        self.optimizer = adamw(objective, settings)
+        self.optimizer: torch.optim.Optimizer = adamw(objective, settings)
         self.model = accelerator.prepare_model(objective)
         self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
 

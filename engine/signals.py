@@ -37,10 +37,10 @@ class Signals:
         self.number, self.stepping, self._came = 0, False, 0.0
 
     def listen(self) -> None:
-        """From now on. Signals that this process's parent had it ignore stay ignored."""
+        """From now on. A shell has what it runs in the background ignore SIGINT, and so it stays."""
         if threading.current_thread() is threading.main_thread():
             for number in HEEDED:
-                if signal.getsignal(number) is not signal.SIG_IGN:
+                if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                     signal.signal(number, self._hear)
 
     def deaf(self) -> None:
