@@ -278,7 +278,8 @@ def cluster(tmp_path) -> Cluster:
 def test_every_option_for_slurm_is_documented(cluster):
     options = re.findall(r"^#SBATCH (--[a-z-]+)", (LAUNCH / "slurm.sbatch").read_text(), re.MULTILINE)
     assert {"--requeue", "--open-mode", "--signal"} <= set(options) <= SBATCH
-    assert "#SBATCH" not in (LAUNCH / "slurm.sbatch").read_text().partition("set -euo pipefail")[2], "Slurm stops reading at the first command"
+    body = (LAUNCH / "slurm.sbatch").read_text().partition("set -euo pipefail")[2]
+    assert "#SBATCH" not in body, "Slurm stops reading at the first command"
     cluster.program("accelerate", "#!/bin/bash\n")
     assert ended(cluster.sbatch("pretrain/beit.py")).returncode == 0
     (call,) = cluster.calls("srun")
@@ -444,8 +445,9 @@ def test_two_pods_train_with_what_the_operator_sets(world, tmp_path):
     pods = []
     for rank, role in enumerate(("Master", "Worker")):
         operator = {
-            "PYTHONUNBUFFERED": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(rank),
-            "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port, "PET_NNODES": "2", "PET_NODE_RANK": str(rank), "PET_NPROC_PER_NODE": "1",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(rank), "PYTHONUNBUFFERED": "1",
+            "PET_MASTER_ADDR": "127.0.0.1", "PET_MASTER_PORT": port, "PET_NNODES": "2", "PET_NODE_RANK": str(rank),
+            "PET_NPROC_PER_NODE": "1",
         }  # fmt: skip
         own = {entry["name"]: entry["value"] for entry in container(role)["env"]}
         pods.append(start(*container(role)["command"], *arguments, env={"PATH": f"{BIN}:/usr/bin:/bin"} | operator | own))
