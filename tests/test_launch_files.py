@@ -76,12 +76,16 @@ def test_every_file_has_a_test_and_is_installed():
 # What the headers say
 
 
-def commands(path: Path) -> list[list[str]]:
-    """The command lines in the comment that a file opens with."""
-    comment = re.match(r"(#.*\n)+", path.read_text())
-    assert comment, f"{path} opens with no comment"
-    text = re.sub(r"^# ?", "", comment[0], flags=re.MULTILINE).replace("\\\n", " ")
-    return [shlex.split(line) for line in text.splitlines() if COMMAND.match(line)]
+def commands(text: str) -> list[list[str]]:
+    """The lines of a text that start a training."""
+    return [shlex.split(line) for line in text.replace("\\\n", " ").splitlines() if COMMAND.match(line)]
+
+
+def header(name: str) -> str:
+    """The comment that a file opens with."""
+    comment = re.match(r"(#.*\n)+", (LAUNCH / name).read_text())
+    assert comment, f"{name} opens with no comment"
+    return re.sub(r"^# ?", "", comment[0], flags=re.MULTILINE)
 
 
 def check_training(words: list[str]) -> None:
@@ -116,16 +120,26 @@ def check_command(words: list[str]) -> None:
 @pytest.mark.parametrize("name", sorted(TESTED))
 def test_the_commands_of_a_header_are_understood(name, monkeypatch):
     monkeypatch.chdir(ROOT)
-    found = commands(LAUNCH / name)
+    found = commands(header(name))
     assert found
     assert any(f"launch/{name}" in word for words in found for word in words)
     for words in found:
         check_command(words)
 
 
+def test_the_page_names_every_file_and_its_commands_are_understood(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    page = (ROOT / "docs/LAUNCH.md").read_text()
+    assert all(Path(name).name in page for name in TESTED)
+    found = commands(page)
+    assert len(found) == 6
+    for words in found:
+        check_command(words)
+
+
 def test_a_command_that_is_wrong_is_noticed(monkeypatch):
     monkeypatch.chdir(ROOT)
-    right = commands(LAUNCH / "accelerate/multi_node.yaml")[0]
+    right = commands(header("accelerate/multi_node.yaml"))[0]
     check_command(list(right))
     for word, wrong in (("--machine_rank", "--machine_rang"), ("--out", "--outt"), ("launch/accelerate/multi_node.yaml", "launch/x.yaml")):
         with pytest.raises((SystemExit, SettingError, AssertionError)):
@@ -189,26 +203,46 @@ def test_torchrun_on_two_machines_and_one(world, tmp_path):
 # Slurm
 
 FAKE_SRUN = f"""#!{sys.executable}
-# Starts the task of each node here, and passes SIGTERM on as Slurm does: to the first process of each task, or to all.
-import contextlib, os, signal, subprocess, sys
+# Starts the task of each node here, and passes SIGTERM on as Slurm does: to the first process of each task, or to all of them, which may
+# then get it again and again (time limit, pre-emption, its end). When the first process of a task has ended, the others are killed.
+import contextlib, os, signal, subprocess, sys, time
 from pathlib import Path
-words = sys.argv[1:]
+
+words, folder = sys.argv[1:], Path(__file__).parent
 options = [words.pop(0) for word in list(words) if words[0].startswith("--")]
-log = Path(__file__).parent / "calls"
-with log.open("a") as calls:
+with (folder / "calls").open("a") as calls:
     print("srun", *options, file=calls)
+(folder / "srun.pid").write_text(str(os.getpid()))
+count = int(os.environ["SLURM_NNODES"])
 nodes = [
-    subprocess.Popen(words, env=os.environ | {{"SLURM_NODEID": str(node)}}, process_group=0)
-    for node in range(int(os.environ["SLURM_NNODES"]))
+    subprocess.Popen(words, env=os.environ | {{"SLURM_NODEID": str(node), "NODE": f"{{os.getpid()}}-{{node}}"}})
+    for node in range(count)
 ]
-(log.parent / "srun.pid").write_text(str(os.getpid()))
-reach = os.killpg if os.environ["SIGNALLED"] == "all" else os.kill
-def pass_on(number, frame):
-    for node in nodes:
+
+def processes(node):
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if f"NODE={{os.getpid()}}-{{node}}".encode() in file.read_bytes().split(bytes(1)):
+                yield int(file.parent.name)
+
+def send(number, pids):
+    for pid in pids:
         with contextlib.suppress(ProcessLookupError):
-            reach(node.pid, number)
+            os.kill(pid, number)
+
+def pass_on(number, frame):
+    if os.environ["SIGNALLED"] == "first":
+        send(number, [node.pid for node in nodes])
+        return
+    for _ in range(3):
+        send(number, [pid for node in range(count) for pid in processes(node)])
+        time.sleep(0.5)
+
 signal.signal(signal.SIGTERM, pass_on)
-codes = [node.wait() for node in nodes]
+codes = []
+for number, node in enumerate(nodes):
+    codes.append(node.wait())
+    send(signal.SIGKILL, processes(number))
 sys.exit(max(code if code >= 0 else 128 - code for code in codes))
 """
 FAKE_SCONTROL = """#!/bin/bash
@@ -224,7 +258,7 @@ FAKE_ACCELERATE = f"""#!/bin/bash
 while [[ "$1" != *.py ]]; do shift; done
 {sys.executable} "$@"
 """
-# A training that saves when it is told to stop, and then exits with 128 + 15.
+# A training that saves when it is told to stop, for so long that a launcher may lose its patience, and then exits with 128 + 15.
 STAND_IN = """
 import os, signal, sys, time
 from pathlib import Path
@@ -235,7 +269,7 @@ run.mkdir(exist_ok=True)
 (run / f"started-{rank}").touch()
 while not told:
     time.sleep(0.05)
-time.sleep(3)
+time.sleep(int(os.environ["SAVING"]))
 (run / ("finished.json" if "--last" in sys.argv else f"saved-{rank}")).touch()
 sys.exit(143)
 """
@@ -258,7 +292,8 @@ class Cluster:
     def sbatch(self, *words: str | Path, nodes: int = 1, **environment: str) -> "subprocess.Popen[str]":
         """The batch shell of job 4711, one process on each node."""
         given = {
-            "PATH": f"{self.folder}:{BIN}:/usr/bin:/bin", "RUN": str(self.run), "PROCESSES": "1", "SIGNALLED": "first", "STATE": "RUNNING",
+            "PATH": f"{self.folder}:{BIN}:/usr/bin:/bin", "RUN": str(self.run), "PROCESSES": "1",
+            "SIGNALLED": "first", "STATE": "RUNNING", "SAVING": "1",
             "SLURM_JOB_ID": str(free_port()), "SLURM_JOB_NODELIST": "node[1-2]", "SLURM_NNODES": str(nodes), "SLURM_CPUS_PER_TASK": "1",
         }  # fmt: skip
         return start("bash", "launch/slurm.sbatch", *words, env=given | environment)
@@ -304,7 +339,7 @@ def test_slurm_finishes_an_array_task_on_two_nodes(world, cluster):
 @pytest.mark.parametrize("signalled", ["first", "all"])
 @pytest.mark.parametrize(("config", "nodes"), [("multi_node", 2), ("cpu", 1)])
 def test_a_time_limit_saves_and_requeues_once(cluster, config, nodes, signalled):
-    process = cluster.sbatch(cluster.training, nodes=nodes, CONFIG=f"launch/accelerate/{config}.yaml", SIGNALLED=signalled)
+    process = cluster.sbatch(cluster.training, nodes=nodes, CONFIG=f"launch/accelerate/{config}.yaml", SIGNALLED=signalled, SAVING="6")
     cluster.started(*range(nodes))
     process.terminate()
     done = ended(process)
