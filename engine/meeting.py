@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import socket
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
@@ -42,15 +43,18 @@ def meet(backend: str, world: int) -> None:
 
     rank, place, patience = int(os.environ.get("RANK", 0)), _place(), _patience()
     host, port = place.rsplit(":", 1)
-    launcher_hosts = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun holds the place open by itself
-    try:
-        store: Any = TCPStore(host, int(port), world, rank == 0 and not launcher_hosts, timedelta(seconds=patience), wait_for_workers=False)
-    except (RuntimeError, ValueError) as error:
-        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise LaunchError(f"MASTER_PORT {port} is in use on {socket.gethostname()}; choose another, such as {_free_port()} "
-                              "(accelerate launch --main_process_port, torchrun --master_port)") from None  # fmt: skip
+    opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"  # torchrun holds the place open by itself
+    if not opens and not _answers(host, int(port), patience):
         raise LaunchError(f"process {rank} of {world} cannot reach process 0 at {place} (waited {patience} s); is it running, is "
-                          f"MASTER_ADDR its address, and is the port open? {PATIENCE} sets how long to wait") from None  # fmt: skip
+                          f"MASTER_ADDR its address, and is the port open? {PATIENCE} sets how long to wait")  # fmt: skip
+    try:
+        store: Any = TCPStore(host, int(port), world, opens, timedelta(seconds=patience), wait_for_workers=False)
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise LaunchError(f"MASTER_ADDR {host}: process 0 cannot open a port there; it must be an address of this machine, "
+                              f"{socket.gethostname()} ({str(error).splitlines()[0]})") from None  # fmt: skip
+        raise LaunchError(f"MASTER_PORT {port} is in use on {socket.gethostname()}; choose another, such as {_free_port()} "
+                          "(accelerate launch --main_process_port, torchrun --master_port)") from None  # fmt: skip
     store = PrefixStore(f"mimetic/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     _wait_for_all(store, rank, world, place, patience)
     torch.distributed.init_process_group(backend, store=PrefixStore("group", store), rank=rank, world_size=world)
@@ -79,6 +83,19 @@ def _patience() -> int:
     if not given.isdecimal() or not int(given):
         raise LaunchError(f"{PATIENCE} is {given}; it must be a number of seconds")
     return int(given)
+
+
+def _answers(host: str, port: int, patience: int) -> bool:
+    """Whether somebody listens there, or begins to in time; torch's own client says the same in forty lines."""
+    until = time.monotonic() + patience
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(0.1, until - time.monotonic())).close()
+            return True
+        except OSError:
+            if time.monotonic() > until:
+                return False
+            time.sleep(0.2)
 
 
 def _free_port() -> int:

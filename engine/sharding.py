@@ -88,7 +88,7 @@ def share(accelerator: "Accelerator", objective: Objective, settings: OptimSetti
     if accelerator.state.deepspeed_plugin is not None:
         if objective.moves_weights:
             raise SettingError(f"{type(objective).__name__} changes weights between steps, which ZeRO's copies would undo; start it under "
-                               "DDP (launch/accelerate/ddp.yaml)")  # fmt: skip
+                               "DDP (launch/accelerate/ddp.yaml)", together=True)  # fmt: skip
         return Split(accelerator, objective, settings)
     return Whole(accelerator, objective, settings, accumulate)
 

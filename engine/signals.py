@@ -8,7 +8,7 @@ import time
 from types import FrameType
 
 HEEDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-ECHO = 1.0  # seconds in which the same wish may arrive twice: from a terminal or scheduler, and handed on by a launcher
+ECHO = 2.0  # seconds in which the same wish may arrive twice: from a terminal or scheduler, and handed on by a launcher
 
 
 class Stopped(BaseException):
