@@ -5,14 +5,18 @@ Legend: B batch, C channels, H W pixels, P Q mask grid, h w feature grid, N = h*
 
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from mimetic.backbones.contract import Grid, hide, repeat_mask, zero_hidden
 from mimetic.engine.errors import SettingError
+
+SLAB = 768  # rows of a weight whose gradient is computed at a time, see Bf16Linear
 
 
 class Gelu(nn.GELU):
@@ -27,7 +31,7 @@ class Gelu(nn.GELU):
 
 def mlp(width: int, hidden: int, activation: Callable[[], nn.Module] = Gelu) -> nn.Sequential:
     """The transformer's two linear layers with an activation between them, on the last axis."""
-    return nn.Sequential(OrderedDict(fc1=nn.Linear(width, hidden), act=activation(), fc2=nn.Linear(hidden, width)))
+    return nn.Sequential(OrderedDict(fc1=Linear(width, hidden), act=activation(), fc2=Linear(hidden, width)))
 
 
 def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
@@ -51,6 +55,65 @@ def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
     return [[next(rates) for _ in range(depth)] for depth in depths]
 
 
+def add_branch(x: Tensor, branch: Tensor, gamma_D: Tensor | None, rate: float, training: bool) -> Tensor:
+    """x + gamma * branch, the branch under stochastic depth (`drop_path`), in one pass over (B, N, D)."""
+    factor = gamma_D
+    if training and rate:
+        kept_B11 = x.new_empty(len(x), 1, 1).bernoulli_(1 - rate) / (1 - rate)
+        factor = kept_B11 if gamma_D is None else gamma_D * kept_B11
+    return x + branch if factor is None else torch.addcmul(x, branch, factor)
+
+
+class Linear(nn.Linear):
+    """nn.Linear, trained by `Bf16Linear` under bf16 autocast on a CPU."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        return linear(input, self.weight, self.bias)
+
+
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
+    """F.linear, by `Bf16Linear` where that is faster."""
+    bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    trained = torch.is_grad_enabled() and weight_NK.requires_grad and weight_NK.dtype == torch.float32
+    if bf16 and trained and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return Bf16Linear.apply(x, weight_NK, bias_N)
+    return F.linear(x, weight_NK, bias_N)
+
+
+class Bf16Linear(torch.autograd.Function):
+    """A linear layer in bf16 with float32 weights, as autocast computes it.
+
+    The weight's gradient is a product over all rows, and oneDNN takes twice as long for it as for the product forwards: it packs a
+    transposed operand slowly. Transposing the narrower of the two operands first, and the result on its way to float32, is faster.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
+        """(..., K) -> (..., N), bf16."""
+        ctx.dtype, ctx.has_bias = x.dtype, bias_N is not None
+        x = x.bfloat16()
+        ctx.save_for_backward(x, weight_NK)  # to round the weight again takes less than a hundredth of the step, to keep it 2 bytes each
+        return F.linear(x, weight_NK.bfloat16(), None if bias_N is None else bias_N.bfloat16())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Gradients of input, weight and bias."""
+        x, weight_NK = ctx.saved_tensors
+        of_x = (gradient @ weight_NK.bfloat16()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
+        of_output_MN, x_MK = gradient.flatten(0, -2), x.flatten(0, -2)
+        if len(weight_NK) <= weight_NK.shape[1]:
+            of_weight_NK = (of_output_MN.T.contiguous() @ x_MK).float()
+        else:
+            of_weight_NK = torch.empty(weight_NK.shape, dtype=torch.float32)
+            x_KM = x_MK.T.contiguous()
+            for first in range(0, len(weight_NK), SLAB):  # what is transposed then still lies in the core's cache
+                of_weight_NK[first : first + SLAB].copy_((x_KM @ of_output_MN[:, first : first + SLAB]).T)
+        of_bias_N = of_output_MN.sum(0).float() if ctx.has_bias else None
+        return of_x, of_weight_NK, of_bias_N
+
+
 class KeylessBiasLinear(nn.Linear):
     """Projection to queries, keys and values, (..., D) -> (..., 3 D): the keys' bias is 0 and not learned (BEiT, SwinV2)."""
 
@@ -61,7 +124,7 @@ class KeylessBiasLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., D) -> (..., 3 D)."""
-        return F.linear(input, self.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
+        return linear(input, self.weight, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))
 
 
 class PlacesLinear(nn.Linear):

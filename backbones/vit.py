@@ -14,11 +14,13 @@ from torch import Tensor, nn
 
 from mimetic.backbones.contract import TABLE, Backbone, Features, Grid, hide, repeat_mask, sides, zero_hidden
 from mimetic.backbones.interpolation import resize_positions, resize_table
-from mimetic.backbones.layers import KeylessBiasLinear, drop_path, drop_path_rates, mlp
+from mimetic.backbones.layers import KeylessBiasLinear, Linear, add_branch, drop_path_rates, linear, mlp
+from mimetic.backbones.windows import attend, fused_attend
 from mimetic.backbones.windows import relative_position_index as patch_index
 from mimetic.engine.errors import CheckpointError, SettingError
 
 INIT_STD = 0.02
+SHORT = 256  # tokens
 
 
 class ViT(Backbone):
@@ -220,7 +222,9 @@ class PatchEmbedding(nn.Module):
         if hidden_BPQ is not None:
             hidden_BPQ = repeat_mask(hidden_BPQ, self.grid)
             image_BCHW = zero_hidden(image_BCHW, hidden_BPQ)
-        x_BND = rearrange(self.proj(image_BCHW), "B D P Q -> B (P Q) D")
+        # A product of patches and weights: the same as the convolution, and on a CPU its gradient takes a fraction of the time.
+        patch_BNK = rearrange(image_BCHW, "B C (P a) (Q b) -> B (P Q) (C a b)", P=self.grid[0], Q=self.grid[1])
+        x_BND = linear(patch_BNK, self.proj.weight.flatten(1), self.proj.bias)
         if hidden_BPQ is not None:
             x_BND = hide(x_BND, rearrange(hidden_BPQ, "B P Q -> B (P Q) 1"), self.mask_token)
         if self.pos_embed is not None and self.patches_only:
@@ -259,13 +263,8 @@ class Block(nn.Module):
 
     def forward(self, x_BND: Tensor, bias_1nNN: Tensor | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D), with a bias on the attention scores that all blocks share, if any."""
-        x_BND = x_BND + self._branch(self.attn(self.norm1(x_BND), bias_1nNN), self.gamma_1)
-        return x_BND + self._branch(self.mlp(self.norm2(x_BND)), self.gamma_2)
-
-    def _branch(self, x_BND: Tensor, gamma_D: Tensor | None) -> Tensor:
-        if gamma_D is not None:
-            x_BND = x_BND * gamma_D
-        return drop_path(x_BND, self.drop_path, self.training)
+        x_BND = add_branch(x_BND, self.attn(self.norm1(x_BND), bias_1nNN), self.gamma_1, self.drop_path, self.training)
+        return add_branch(x_BND, self.mlp(self.norm2(x_BND)), self.gamma_2, self.drop_path, self.training)
 
 
 class Attention(nn.Module):
@@ -274,16 +273,22 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, qkv_bias: bool, key_bias: bool, window: Grid | None) -> None:
         super().__init__()
         self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width, bias=qkv_bias) if key_bias or not qkv_bias else KeylessBiasLinear(width)
+        self.qkv = Linear(width, 3 * width, bias=qkv_bias) if key_bias or not qkv_bias else KeylessBiasLinear(width)
         self.rel_pos_bias = RelativePositionBias(window, heads) if window else None
-        self.proj = nn.Linear(width, width)
+        self.proj = Linear(width, width)
 
     def forward(self, x_BND: Tensor, bias_1nNN: Tensor | None = None) -> Tensor:
         """(B, N, D) -> (B, N, D); `bias_1nNN` is the shared table's, used where the block has no table of its own."""
         if self.rel_pos_bias is not None:
             bias_1nNN = self.rel_pos_bias()
-        q_BnNd, k_BnNd, v_BnNd = self._split(x_BND)
-        x_BnNd = F.scaled_dot_product_attention(q_BnNd, k_BnNd, v_BnNd, attn_mask=bias_1nNN)
+        qkv_3BnNd = self._split(x_BND)
+        # Fused attention gives no gradient to a bias, and on a CPU it takes three times as long in bf16; for long sequences it still
+        # saves the memory of all scores.
+        learned = bias_1nNN is not None and bias_1nNN.requires_grad
+        if learned or (qkv_3BnNd.requires_grad and qkv_3BnNd.dtype == torch.bfloat16 and qkv_3BnNd.shape[-2] <= SHORT):
+            x_BnNd = attend(qkv_3BnNd.contiguous(), bias_1nNN)
+        else:
+            x_BnNd = fused_attend(qkv_3BnNd, bias_1nNN, None)
         return self.proj(rearrange(x_BnNd, "B n N d -> B N (n d)"))
 
     def weights(self, x_BND: Tensor, bias_1nNN: Tensor | None = None) -> Tensor:

@@ -197,7 +197,7 @@ def attend(qkv_3GnNd: Tensor, bias_WnNN: Tensor | None = None, scale_n11: Tensor
     """
     dtype = qkv_3GnNd.dtype
     bias_WnNN, scale_n11 = (None if x is None else x.to(dtype) for x in (bias_WnNN, scale_n11))
-    if qkv_3GnNd.device.type in ("cpu", "meta"):
+    if qkv_3GnNd.device.type in ("cpu", "meta") and not torch.compiler.is_compiling():
         with torch.autocast("cpu", enabled=False):
             return SmallAttention.apply(qkv_3GnNd, bias_WnNN, scale_n11)
     return fused_attend(qkv_3GnNd, bias_WnNN, scale_n11)
@@ -226,9 +226,14 @@ class SmallAttention(torch.autograd.Function):
             qkv_3GnNd = torch.cat([qkv_3GnNd[:2] * factor_2GnN1, qkv_3GnNd[2:]])
         ctx.alpha = 1.0 if scale_n11 is not None else qkv_3GnNd.shape[-1] ** -0.5
         q, k, v = qkv_3GnNd.flatten(1, 2).unbind(0)
-        score = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=ctx.alpha)
-        if bias_WnNN is not None:
-            score.view(-1, len(bias_WnNN), qkv_3GnNd.shape[2], *score.shape[1:]).add_(bias_WnNN)
+        if bias_WnNN is not None and bias_WnNN.dtype == torch.bfloat16:  # added before rounding, and faster than a pass of its own
+            groups = len(qkv_3GnNd[0]) // len(bias_WnNN)
+            score = bias_WnNN.expand(groups, -1, qkv_3GnNd.shape[2], -1, -1).reshape(-1, *bias_WnNN.shape[2:])
+            score = score.contiguous().baddbmm_(q, k.mT, alpha=ctx.alpha)
+        else:
+            score = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=ctx.alpha)
+            if bias_WnNN is not None:
+                score.view(-1, len(bias_WnNN), qkv_3GnNd.shape[2], *score.shape[1:]).add_(bias_WnNN)
         share = torch.softmax(score, -1, out=score)  # each row is read before it is written
         ctx.save_for_backward(qkv_3GnNd, share, factor_2GnN1, scale_n11)
         ctx.bias_shape = None if bias_WnNN is None else bias_WnNN.shape

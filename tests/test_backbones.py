@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mimetic.backbones.catalog import CATALOG, create_backbone, list_backbones
 from mimetic.backbones.contract import Backbone
+from mimetic.backbones.layers import add_branch
 from mimetic.engine.errors import CheckpointError, SettingError
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": 4}
@@ -278,7 +279,7 @@ def test_drop_path_works_in_training_alone():
     torch.manual_seed(0)
     ours.train()
     x_BND = torch.ones(4000, 1, 48)
-    branch_BND = ours.blocks[2]._branch(x_BND, None)
+    branch_BND = add_branch(torch.zeros_like(x_BND), x_BND, None, ours.blocks[2].drop_path, training=True)
     assert set(branch_BND[:, 0, 0].tolist()) == {0.0, 2.5}
     assert torch.equal(branch_BND, branch_BND[:, :1, :1].expand_as(branch_BND)), "whole samples are dropped"
     assert branch_BND.mean().item() == pytest.approx(1, abs=0.08)
