@@ -19,7 +19,7 @@ from mimetic.engine.errors import CheckpointError, LaunchError, SettingError, di
 
 # Settings that change no number of the training: a checkpoint may be continued under others.
 HARMLESS = ("data.workers", "data.max_bad", "data.cache", "data.cache_gb", "train.log_every", "train.checkpoint_every", "train.keep",
-            "train.picture_every", "train.evaluate_every")  # fmt: skip
+            "train.picture_every", "train.evaluate_every", "expected.source", "expected.loss", "expected.masked_accuracy")  # fmt: skip
 # Settings that name a folder, and the file in it that tells whether its content is still the same.
 INPUTS = ("data.index", "evaluate_on", "evaluation.index", "tokenizer.path", "init.path", "distill.teacher")
 CONTENT = ("index.json", "model.safetensors", "tokenizer/model.safetensors", "backbone/model.safetensors", "residual_cnn/model.safetensors")
@@ -161,7 +161,7 @@ class Run:
             CheckpointError: names the first settings that differ, with both values, or the input that changed.
         """
         theirs, ours = flatten(stored), flatten(recipe_dict(self.recipe))
-        names = [name for name in theirs | ours if theirs.get(name) != ours.get(name) and name not in HARMLESS]
+        names = [name for name in theirs | ours if theirs.get(name) != ours.get(name) and not is_harmless(name)]
         if names:
             told = "; ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in names[:3])
             raise CheckpointError(f"{checkpoint} is of another recipe ({told}); use that recipe or another --out")
@@ -200,6 +200,11 @@ class Run:
             return
         if foreign := sorted(name for name in found if name not in BEGUN and not name.startswith(".")):
             raise SettingError(f"--out {self.folder} holds {foreign[0]} and is no run; give a new folder, so that nothing is overwritten")
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a dotted setting, or an entry of one, changes no number of the training."""
+    return name in HARMLESS or name.startswith(tuple(f"{setting}." for setting in HARMLESS))
 
 
 def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
@@ -250,7 +255,7 @@ def git_revision() -> str:
 
 
 def _fixed_hash(recipe: Any) -> str:
-    fixed = {name: value for name, value in flatten(recipe_dict(recipe)).items() if name not in HARMLESS}
+    fixed = {name: value for name, value in flatten(recipe_dict(recipe)).items() if not is_harmless(name)}
     return json.dumps(fixed, sort_keys=True)
 
 
