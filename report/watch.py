@@ -85,8 +85,9 @@ class Frame:
         below, room = _events(self.followed), None
         if console.is_alt_screen:
             room = console.height - _lines(console, options, [*above, *below])
-            if room < LEAST_ROWS + BESIDE:
-                room, below = room + _lines(console, options, below), []  # a curve tells more
+            more = room + _lines(console, options, below)
+            if room < LEAST_ROWS + BESIDE <= more:
+                room, below = more, []  # a curve tells more
         yield from above
         yield from _curves(self.followed, width, room)
         yield from below

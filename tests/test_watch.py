@@ -465,6 +465,22 @@ def test_a_frame_is_as_wide_as_the_terminal(width, tmp_path):
     assert sum(curves) == 2 * 5, "loss, masked accuracy, gradient norm, learning rate, images/s"
 
 
+@pytest.mark.parametrize(
+    ("height", "curves", "highest", "events"),
+    [(12, 0, 0, True), (15, 0, 0, True), (16, 1, 3, False), (20, 1, 5, True), (40, 4, 4, True), (57, 5, 6, True), (100, 5, 10, True)],
+)
+def test_a_screen_is_filled_and_not_more(height, curves, highest, events, tmp_path):
+    run = write(tmp_path / "run", *map(line, range(1, 101)), plan=PLAN, events=[event("start", 1, "two processes")])
+    console = Console(file=io.StringIO(), width=60, height=height, force_terminal=True, color_system=None)
+    console.set_alt_screen()
+    console.print(Frame(look(run)))
+    rows = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(rows) <= height
+    assert sum("┤" in row for row in rows) == 2 * curves
+    assert max(len(part) for part in "".join("│" if "│" in row or "┤" in row else " " for row in rows).split(" ")) == highest
+    assert ("two processes" in rows[-1]) == events, "a curve tells more"
+
+
 def test_a_hundred_thousand_lines_are_fast(tmp_path):
     run = write(tmp_path / "run", *map(line, range(1, 100_001)), plan=PLAN | {"steps": 200_000})
     began = time.process_time()
