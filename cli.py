@@ -10,7 +10,7 @@ from mimetic.engine.config import did_you_mean
 from mimetic.engine.errors import SettingError
 from mimetic.engine.runtime import run_entry
 
-COMMANDS = ("demo", "pack", "index", "check", "watch", "export", "compare", "models", "attention")
+COMMANDS = ("demo", "pack", "index", "check", "watch", "export", "compare", "models", "attention", "replay")
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,6 +79,11 @@ def parser() -> argparse.ArgumentParser:
                                  epilog="example: mimetic models 'swin*224'")  # fmt: skip
     models.add_argument("pattern", nargs="?", default="*", metavar="NAME", help="names to show, with * and ? (default: all)")
 
+    replay = commands.add_parser("replay", help="a bad step once more, alone, to see where its numbers went wrong",
+                                 epilog="example: mimetic replay runs/beit/capsules/step-00000123")  # fmt: skip
+    replay.add_argument("capsule", type=Path, metavar="CAPSULE", help="a folder of RUN/capsules")
+    replay.add_argument("--process", type=int, metavar="N", help="whose batches (default: the first whose loss is not finite, else 0)")
+
     attention = commands.add_parser("attention", help="where a backbone looks, as a picture",
                                     epilog="example: mimetic attention runs/beit photo.jpg --out attention.png")  # fmt: skip
     attention.add_argument("run", metavar="RUN", help="a finished run, or an exported folder")
@@ -135,6 +140,11 @@ def dispatch() -> None:
         from mimetic.report.models import print_models
 
         print_models(arguments.pattern)
+    elif arguments.command == "replay":
+        from mimetic.replay import replay
+
+        if not replay(arguments.capsule, arguments.process):
+            sys.exit(1)
     elif arguments.command == "attention":
         from mimetic.report.attention import draw_attention
 

@@ -1,6 +1,6 @@
 """Which samples make up which batch: the arithmetic of a stream, without a single image.
 
-Legend: G samples of a global batch, b of them on one rank.
+Legend: S samples of an optimizer step, G of a global batch (S, or S / accumulate), b of them on one rank.
 """
 
 from dataclasses import dataclass
@@ -15,15 +15,17 @@ from mimetic.data.order import Order, Places
 class BatchPlan:
     """Batches by number, counted over epochs.
 
-    A global batch holds the next G places of the order. Within it, rows are sorted by canonical stream, and rank r of R takes rows
-    [r*b, (r+1)*b): so the sequence of global batches does not depend on R, and a rank meets the same streams again and again.
+    A step holds the next S places of the order. Within it, rows are sorted by canonical stream, rank r of R takes S/R of them from
+    row r*S/R on, and micro-batch m the next b of those: so what is in a step depends neither on R nor on the number of
+    micro-batches, and a rank meets the same streams again and again.
 
     Attributes:
         order: of the samples.
         batch_size: b, samples per rank and batch.
         rank: r.
         world: R.
-        tail: "pad" fills the last batch of an epoch up with samples of that epoch, "drop" leaves it out.
+        tail: "pad" fills the last step of an epoch up with samples of that epoch, "drop" leaves it out.
+        accumulate: micro-batches that make up a step.
     """
 
     order: Order
@@ -31,6 +33,7 @@ class BatchPlan:
     rank: int = 0
     world: int = 1
     tail: str = "pad"
+    accumulate: int = 1
 
     @property
     def global_batch(self) -> int:
@@ -40,14 +43,17 @@ class BatchPlan:
     @property
     def steps(self) -> int:
         """Batches of an epoch, on every rank."""
-        whole, rest = divmod(self.order.samples, self.global_batch)
-        return whole + (1 if rest and self.tail == "pad" else 0)
+        whole, rest = divmod(self.order.samples, self.global_batch * self.accumulate)
+        return (whole + (1 if rest and self.tail == "pad" else 0)) * self.accumulate
 
-    def batch(self, step: int) -> tuple[Places, Places, NDArray[np.bool_]]:
+    def batch(self, number: int) -> tuple[Places, Places, NDArray[np.bool_]]:
         """This rank's samples (b,), the epoch of their own data set that each is in, and whether it is valid or a filler."""
-        epoch, number = divmod(step, self.steps)
-        turn_G = np.arange(number * self.global_batch, (number + 1) * self.global_batch)
-        place_G = epoch * self.order.samples + turn_G % self.order.samples
-        mine_b = np.argsort(self.order.streams_of(place_G), kind="stable")[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
-        sample_b, epoch_b = self.order.draw(place_G[mine_b])
-        return sample_b, epoch_b, turn_G[mine_b] < self.order.samples
+        epoch, number = divmod(number, self.steps)
+        step, part = divmod(number, self.accumulate)
+        together = self.global_batch * self.accumulate
+        turn_S = np.arange(step * together, (step + 1) * together)
+        place_S = epoch * self.order.samples + turn_S % self.order.samples
+        first = (self.rank * self.accumulate + part) * self.batch_size
+        mine_b = np.argsort(self.order.streams_of(place_S), kind="stable")[first : first + self.batch_size]
+        sample_b, epoch_b = self.order.draw(place_S[mine_b])
+        return sample_b, epoch_b, turn_S[mine_b] < self.order.samples

@@ -146,7 +146,7 @@ def read_at_once(source: Index | Mixture, plan: BatchPlan) -> int:
     """Bytes of the shards that the processes of one machine read at the same time, about: what its streams' shuffle blocks span."""
     total = 0
     for index, order in zip(source.indexes, plan.order.parts, strict=True):
-        streams = order.streams if plan.global_batch % order.streams else -(-order.streams * readers(plan) // plan.world)
+        streams = order.streams if plan.global_batch * plan.accumulate % order.streams else -(-order.streams * readers(plan) // plan.world)
         spanned = order.block / (order.samples / len(order.shards)) + 1
         mean = sum(index.shards[shard]["bytes"] for shard in order.shards) / len(order.shards)
         total += int(min(streams * spanned, len(order.shards)) * mean)

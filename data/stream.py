@@ -52,6 +52,7 @@ class ShardStream:
         canonical_streams: places of the data that are read in turn. More mix better and take more of the cache; a number that the
             machines divide keeps each machine to its own shards.
         shuffle_block: samples within which each of them is shuffled.
+        accumulate: batches that make up an optimizer step: together they hold what one batch of their size would.
 
     Raises:
         SettingError: settings that contradict each other or the data.
@@ -60,7 +61,7 @@ class ShardStream:
     def __init__(
         self, source: Index | Mixture, batch_size: int, *, rank: int = 0, world: int = 1, workers: int = 0, seed: int = 0, epoch: int = 0,
         shuffle: bool = True, tail: str = "pad", subset: NDArray[np.int64] | None = None, transform: Transform | None = None,
-        canonical_streams: int = CANONICAL_STREAMS, shuffle_block: int = SHUFFLE_BLOCK,
+        canonical_streams: int = CANONICAL_STREAMS, shuffle_block: int = SHUFFLE_BLOCK, accumulate: int = 1,
     ) -> None:  # fmt: skip
         if tail not in ("pad", "drop"):
             raise SettingError(f"tail is {tail!r}; it must be pad or drop")
@@ -70,12 +71,13 @@ class ShardStream:
             raise SettingError(f"data.canonical_streams is {canonical_streams}, data.shuffle_block {shuffle_block}; both are 1 or more")
         subset = None if subset is None else _checked(subset, len(source))
         order = source.order(seed, shuffle=shuffle, streams=canonical_streams, block=shuffle_block, members=subset)
-        self.plan = BatchPlan(order, batch_size, rank, world, tail)
+        self.plan = BatchPlan(order, batch_size, rank, world, tail, accumulate)
         self.samples, self.global_batch, self.steps = order.samples, self.plan.global_batch, self.plan.steps
         if not self.steps:
+            parts = f" x {accumulate} micro-batches" if accumulate > 1 else ""
             raise SettingError(
-                f"data.batch_size {batch_size} x {world} processes = {self.global_batch} is more than the {self.samples} samples "
-                f"of {source.home}; lower data.batch_size to {max(1, self.samples // world)}"
+                f"data.batch_size {batch_size} x {world} processes{parts} = {self.global_batch * accumulate} is more than the "
+                f"{self.samples} samples of {source.home}; lower data.batch_size to {max(1, self.samples // world // accumulate)}"
             )
         self._batches = _Batches(source, self.plan, seed, transform)
         self._source, self._workers, self._step = source, workers, epoch * self.steps
@@ -112,21 +114,26 @@ class ShardStream:
         epoch, batch = divmod(self._step, self.steps)
         return {"epoch": epoch, "samples": batch * self.global_batch} | self._identity
 
+    def example(self, images: int) -> Batch:
+        """The first images of the present batch; the position stays."""
+        return self._batches.batch(self._step, images)
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position in O(1), whatever the number of workers, and of ranks if the global batch divides it.
+        """Goes to a position in O(1), whatever the number of workers, of ranks and of micro-batches, if a step divides it.
 
         Raises:
-            CheckpointError: other data, another order, or a global batch that does not divide the position.
+            CheckpointError: other data, another order, or a step that does not divide the position.
         """
         for name, value in self._identity.items():
             if state.get(name) != value:
                 raise CheckpointError(f"the checkpoint's data has {name} {state.get(name)}, this run {value}; start a new run folder")
-        batch, remainder = divmod(state["samples"], self.global_batch)
-        if remainder:
+        together = self.global_batch * self.plan.accumulate
+        if state["samples"] % together:
             raise CheckpointError(
-                f"the checkpoint stands at sample {state['samples']} of its epoch, which the global batch {self.global_batch} "
-                f"does not divide; use one that does, such as {np.gcd(state['samples'], self.global_batch)}"
+                f"the checkpoint stands at sample {state['samples']} of its epoch, which the global batch {together} "
+                f"does not divide; use one that does, such as {np.gcd(state['samples'], together)}"
             )
+        batch = state["samples"] // self.global_batch
         self._step = state["epoch"] * self.steps + batch
 
 
@@ -141,12 +148,18 @@ class _Batches(Dataset[Batch | MimeticError]):
 
     def __getitem__(self, step: int) -> Batch | MimeticError:
         try:
-            return self._batch(step)
+            return self.batch(step)
         except MimeticError as error:
             return error
 
-    def _batch(self, step: int) -> Batch:
+    def batch(self, step: int, images: int | None = None) -> Batch:
+        """A batch, or its first images.
+
+        Raises:
+            MimeticError: the data cannot be read.
+        """
         samples, epochs, valid = self.plan.batch(step)
+        samples, epochs, valid = samples[:images], epochs[:images], valid[:images]
         pictures = [Picture(self.source.read(int(sample)), self.source.channels) for sample in samples]
         tensors = (self.transform(pictures, mix(self.seed, epochs, samples)) if self.transform
                    else {"image": _stacked([picture.pixels() for picture in pictures])})  # fmt: skip

@@ -1,14 +1,19 @@
-"""Checkpoints: `checkpoints/step-00000123/`, complete or absent, and `checkpoints/last` pointing at the newest.
+"""Checkpoints: `checkpoints/step-00000123/`, complete or absent; `last` and `best` point at two of them.
 
-Accelerate writes model, optimizer and random states for every engine. Around it: a temporary name, a manifest of hashes, fsync,
-rename. The manifest is verified before anything is read back; DeepSpeed's files are pickles, so only checkpoints of one's own
-run folder should ever be resumed.
+A checkpoint holds whole tensors by name, whatever engine and number of processes trained them: `model.safetensors` (weights in
+fp32), `optimizer.safetensors`, and `manifest.json` with everything else and the hash of every file. Nothing in it is a pickle.
+Randomness needs no file: every step draws from (seed, step, process).
+
+Training waits for a copy in memory; a thread writes it under a temporary name, syncs, and renames.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,111 +21,181 @@ from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import CheckpointError, disk_is_full
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
+    from torch import Tensor
 
 MANIFEST = "manifest.json"
+WEIGHTS, MOMENTS = "model.safetensors", "optimizer.safetensors"
+SLACK = 1 << 16  # bytes beside the tensors: the manifest, and room for lines of metrics
+Tensors = dict[str, "Tensor"]
 
 
-def save(accelerator: "Accelerator", folder: Path, step: int, state: dict[str, Any], keep: int) -> Path:
-    """Saves on all ranks and returns the checkpoint's folder.
+class Keeper:
+    """Writes checkpoints into one folder, one at a time, and keeps the last ones and the best.
 
-    Raises:
-        CheckpointError: the disk is full; the last good checkpoint is named and untouched.
+    Args:
+        folder: `RUN/checkpoints`.
+        keep: how many of the newest stay.
     """
-    final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}"
-    if accelerator.is_main_process:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    accelerator.wait_for_everyone()
-    try:
-        accelerator.save_state(str(temporary), safe_serialization=True)
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            _seal(temporary, state)
-    except Exception as error:
-        free = shutil.disk_usage(folder).free
-        if not disk_is_full(error):
-            raise
-        last = newest(folder)
-        kept = f"the last good checkpoint is {last}" if last else "there is no earlier checkpoint"
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(
-            f"{final} cannot be written, the disk is full ({free >> 20} MiB free); {kept}; free some space and give the same command"
-        ) from None
-    if accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)
-        temporary.rename(final)
-        _point_last(folder, final)
-        older = sorted(path for path in folder.glob("step-*") if path.name < final.name)
-        for old in older[: max(0, len(older) - keep + 1)]:  # a later one that was passed over is no reason to drop this one
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return final
 
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+        self.failure: str | None = None  # why the last one could not be written
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
 
-def newest(folder: Path, *, tell: bool = True) -> Path | None:
-    """The newest checkpoint whose manifest holds; damaged ones are passed over and, with `tell`, named."""
-    for path in sorted(folder.glob("step-*"), reverse=True):
+    def save(self, step: int, files: dict[str, Tensors], state: dict[str, Any], then: Callable[[], None] | None = None) -> None:
+        """Begins to write. The tensors belong to the keeper from now on: they lie in the host's memory and nobody changes them.
+
+        Args:
+            then: called when the checkpoint is complete.
+
+        Raises:
+            Exception: what went wrong with the one before, if it was not a full disk.
+        """
+        self.wait()
+        self.failure = None
+        self._thread = threading.Thread(target=self._write, args=(step, files, state, then), name=f"checkpoint {step}")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is written, or has failed: `failure` tells then.
+
+        Raises:
+            Exception: what went wrong, if it was not a full disk.
+        """
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def mark_best(self, step: int) -> None:
+        """Points `best` at the checkpoint of a step, if it has been written."""
+        self.wait()
+        if (self.folder / _name(step)).exists():
+            _point(self.folder, "best", self.folder / _name(step))
+
+    def _write(self, step: int, files: dict[str, Tensors], state: dict[str, Any], then: Callable[[], None] | None) -> None:
+        final, temporary = self.folder / _name(step), self.folder / f".{_name(step)}"
         try:
-            verify(path)
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            self._require_room(files)
+            digests = {name: _write_tensors(temporary / name, tensors) for name, tensors in files.items()}
+            body = {"state": state, "files": digests}
+            write_atomically(temporary / MANIFEST, json.dumps({"sha256": _digest(body)} | body, indent=1))
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+            _point(self.folder, "last", final)
+            self._prune(final)
+            if then is not None:
+                then()
+        except Exception as error:
+            shutil.rmtree(temporary, ignore_errors=True)
+            if disk_is_full(error):
+                self.failure = f"{final} cannot be written, the disk is full ({shutil.disk_usage(self.folder).free >> 20} MiB free)"
+            else:
+                self._error = error
+
+    def _require_room(self, files: dict[str, Tensors]) -> None:
+        """A disk that is filled to the last byte would stop the lines of metrics too."""
+        needed = SLACK + sum(value.numel() * value.element_size() for tensors in files.values() for value in tensors.values())
+        if shutil.disk_usage(self.folder).free < needed:
+            raise OSError(errno.ENOSPC, f"{needed >> 20} MiB are needed")
+
+    def _prune(self, final: Path) -> None:
+        """The newest stay, and the best. A later one that was passed over as damaged is no reason to drop this one."""
+        best = self.folder / "best"
+        spared = best.resolve().name if best.is_symlink() else ""
+        older = sorted(path for path in self.folder.glob("step-*") if path.name < final.name and path.name != spared)
+        for old in older[: max(0, len(older) - self.keep + 1)]:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _write_tensors(path: Path, tensors: Tensors) -> str:
+    """Writes a safetensors file, synced to the disk, and returns its hash; Python's lock is free meanwhile, and training goes on."""
+    from safetensors.torch import save_file
+
+    save_file(tensors, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copies(tensors: Iterable[tuple[str, "Tensor"]], kept: bool) -> Tensors:
+    """Host copies that training cannot change; walks through all even where none is kept, since gathering takes all processes."""
+    found: Tensors = {}
+    for name, value in tensors:
+        if kept:
+            value = value.detach()
+            found[name] = value.to("cpu", copy=True).contiguous()
+    return found
+
+
+def newest(folder: Path, *, tell: bool = True, before: int | None = None) -> tuple[Path, dict[str, Any]] | None:
+    """The latest checkpoint whose files are all what was written, with its state; damaged ones are passed over, and named if `tell`.
+
+    Args:
+        before: only checkpoints of earlier steps than this.
+    """
+    for path in sorted(folder.glob("step-*"), reverse=True):
+        if before is not None and path.name >= _name(before):
+            continue
+        try:
+            return path, verify(path)
         except CheckpointError as error:
             if tell:
                 print(f"passing over a damaged checkpoint: {error}", flush=True)
-            continue
-        return path
     return None
 
 
 def verify(path: Path) -> dict[str, Any]:
-    """Checks every file against the manifest and returns the stored state.
+    """Checks the manifest against its own hash and every file against the manifest, and returns the stored state.
 
     Raises:
         CheckpointError: missing or damaged; the line names the file.
     """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        told = manifest.pop("sha256")
         files, state = dict(manifest["files"]), dict(manifest["state"])
-    except (OSError, ValueError, KeyError, TypeError):
+        if told != _digest(manifest):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: {MANIFEST} is missing or damaged; give a folder like checkpoints/step-00000123") from None
     for name, digest in files.items():
-        if not (path / name).exists() or _sha256(path / name) != digest:
+        if not (path / name).is_file() or hash_of(path / name) != digest:
             raise CheckpointError(f"{path / name} is missing or differs from what was written; use another checkpoint")
     return state
 
 
-def load(accelerator: "Accelerator", path: Path, state: dict[str, Any], engine: str) -> None:
-    """Restores model, optimizer and random states from a verified checkpoint.
+def read(path: Path) -> tuple[Tensors, Tensors]:
+    """Weights and optimizer states of a verified checkpoint."""
+    from safetensors.torch import load_file
 
-    Raises:
-        CheckpointError: written by another engine or another number of processes.
-    """
-    theirs, ours = (state["world"], state["engine"]), (accelerator.num_processes, engine)
-    if theirs != ours:
-        told = [f"{world} process{'es' if world > 1 else ''} ({name})" for world, name in (theirs, ours)]
-        raise CheckpointError(f"{path} was written by {told[0]}, this run has {told[1]}; start it as it was, or use another --out")
-    accelerator.load_state(str(path))
+    return load_file(path / WEIGHTS), load_file(path / MOMENTS)
 
 
-def _seal(folder: Path, state: dict[str, Any]) -> None:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    digests = {str(path.relative_to(folder)): _sha256(path) for path in files}
-    write_atomically(folder / MANIFEST, json.dumps({"state": state, "files": digests}, indent=1))
+def _name(step: int) -> str:
+    return f"step-{step:08d}"
 
 
-def _point_last(folder: Path, target: Path) -> None:
-    link = folder / ".last"
+def _point(folder: Path, name: str, target: Path) -> None:
+    link = folder / f".{name}"
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
-    link.replace(folder / "last")
+    link.replace(folder / name)
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
 
 
-def _sha256(path: Path) -> str:
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+
+
+def hash_of(path: Path) -> str:
+    """Sha256 of a file, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

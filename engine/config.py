@@ -89,10 +89,13 @@ class TrainSettings:
         epochs: Passes over the data.
         samples: Images seen.
         accumulate: Micro-batches per optimizer step.
-        precision: fp32 or bf16 (autocast).
+        precision: fp32 or bf16 (autocast; weights, gradients and optimizer stay in fp32).
+        compile: Compile the objective with torch.compile: a minute or more at the start, faster steps where small operations dominate.
+        ema_decay: Decay of a running mean of the weights, which is then what is evaluated and saved; 0 keeps none. It starts
+            short: after t steps the decay is at most (1 + t) / (10 + t).
         log_every: Steps between lines of metrics; the default gives about 100 lines a run.
         checkpoint_every: Steps between checkpoints; the default gives about 10 a run.
-        keep: Checkpoints kept, newest first.
+        keep: Checkpoints kept, newest first; the best one is kept beside them.
         picture_every: Steps between pictures; the default gives about 4 a run.
         evaluate_every: Steps between evaluations; the default evaluates at the end only.
     """
@@ -102,6 +105,8 @@ class TrainSettings:
     samples: int | None = None
     accumulate: int = 1
     precision: str = "fp32"
+    compile: bool = False
+    ema_decay: float = 0.0
     log_every: int | None = None
     checkpoint_every: int | None = None
     keep: int = 2
@@ -115,6 +120,7 @@ class TrainSettings:
         if self.precision not in ("fp32", "bf16"):
             raise SettingError(f"train.precision is {self.precision!r}; it must be fp32 or bf16")
         ranges.require(self, "train", steps=ranges.COUNT, epochs=ranges.POSITIVE, samples=ranges.COUNT, accumulate=ranges.COUNT,
+                       ema_decay=ranges.BELOW_ONE,
                        log_every=ranges.COUNT, checkpoint_every=ranges.COUNT, keep=ranges.COUNT, picture_every=ranges.COUNT,
                        evaluate_every=ranges.COUNT)  # fmt: skip
 
@@ -151,6 +157,34 @@ class OptimSettings:
         ranges.require(self, "optim", lr=ranges.POSITIVE, min_lr=ranges.NOT_NEGATIVE, warmup_lr=ranges.NOT_NEGATIVE,
                        warmup=ranges.BELOW_ONE, weight_decay=ranges.NOT_NEGATIVE, beta1=ranges.BELOW_ONE, beta2=ranges.BELOW_ONE,
                        eps=ranges.POSITIVE, clip=ranges.NOT_NEGATIVE, layer_decay=ranges.SOME_SHARE)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class GuardSettings:
+    """What happens when a step's gradient is not finite, or far larger than those before it.
+
+    Such a step never changes the weights, and leaves a capsule in the run folder that `mimetic replay` runs again.
+
+    Args:
+        bad_step: stop (all processes, with the capsule named), skip (leave that step out), or rewind (to the last good checkpoint,
+            and on with the data after the bad step).
+        spike: A gradient norm of more than so many times the median of the last 64 is bad too; 0 looks for numbers that are not
+            finite only.
+        max_skips: Steps that may be skipped in the whole run; one more stops it.
+        max_rewinds: Rewinds likewise.
+    """
+
+    bad_step: str = "stop"
+    spike: float = 0.0
+    max_skips: int = 10
+    max_rewinds: int = 3
+
+    def __post_init__(self) -> None:
+        if self.bad_step not in ("stop", "skip", "rewind"):
+            raise SettingError(f"guard.bad_step is {self.bad_step!r}; it must be stop, skip or rewind")
+        if 0 < self.spike <= 1:
+            raise SettingError(f"guard.spike is {self.spike}; it must be above 1, since every second norm is above the median, or 0")
+        ranges.require(self, "guard", spike=ranges.NOT_NEGATIVE, max_skips=ranges.NOT_NEGATIVE, max_rewinds=ranges.NOT_NEGATIVE)
 
 
 @dataclass(frozen=True)
@@ -194,12 +228,17 @@ class Expected:
 class Invocation(Generic[R]):
     """One start of an entry script: the recipe, and where the run goes.
 
-    `resume` is None (go on if the run folder holds a checkpoint, else start), "" (go on, or fail), or a checkpoint folder.
+    Attributes:
+        resume: None (go on if the run folder holds a checkpoint, else start), "" (go on, or fail), or a checkpoint folder.
+        allow: settings that may differ from those of the checkpoint that the run goes on from.
+        dry_run: stop before the first step, with nothing written.
     """
 
     recipe: R
     out: Path
-    resume: str | None
+    resume: str | None = None
+    allow: tuple[str, ...] = ()
+    dry_run: bool = False
 
 
 def parse(recipe_class: type[R], *, example: str, argv: Sequence[str] | None = None) -> Invocation[R]:
@@ -220,6 +259,11 @@ def parse(recipe_class: type[R], *, example: str, argv: Sequence[str] | None = N
         "--resume", nargs="?", const="", type=str, metavar="CHECKPOINT",
         help="Refuse to start afresh: go on from the newest checkpoint of the run folder, or from this one.",
     )  # fmt: skip
+    parser.add_argument(
+        "--allow", action="append", default=[], type=str, metavar="SETTING",
+        help="Go on although this setting differs from the checkpoint's; once for each.",
+    )  # fmt: skip
+    parser.add_argument("--dry-run", action="store_true", help="Say what would happen, and what it takes, and stop.")
     parser.add_class_arguments(recipe_class)
     known = sorted(known_settings(recipe_class))
     for file in _config_files(argv):
@@ -232,8 +276,11 @@ def parse(recipe_class: type[R], *, example: str, argv: Sequence[str] | None = N
         raise SettingError(_one_line(str(error), known)) from None
     if not values.out.strip():
         raise SettingError("--out is empty; name the run folder")
+    for name in values.allow:
+        if not _is_known(name, known):
+            raise SettingError(f"--allow {name}: no such setting{did_you_mean(name, known)}")
     fields = {field.name: values[field.name] for field in dataclasses.fields(recipe_class)}  # type: ignore[arg-type]
-    return Invocation(recipe_class(**fields), Path(values.out), values.resume)
+    return Invocation(recipe_class(**fields), Path(values.out), values.resume, tuple(values.allow), values.dry_run)
 
 
 def known_settings(recipe_class: Any, prefix: str = "") -> Iterator[str]:
@@ -243,6 +290,20 @@ def known_settings(recipe_class: Any, prefix: str = "") -> Iterator[str]:
             yield from known_settings(hint, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}.*" if typing.get_origin(hint) is dict else f"{prefix}{name}"
+
+
+def default_settings(recipe_class: Any, prefix: str = "") -> dict[str, Any]:
+    """The default of every setting that has one, by dotted name: what a recipe stored before the setting existed means."""
+    found: dict[str, Any] = {}
+    hints = typing.get_type_hints(recipe_class)
+    for field in dataclasses.fields(recipe_class):
+        if dataclasses.is_dataclass(hints[field.name]):
+            found |= default_settings(hints[field.name], f"{prefix}{field.name}.")
+        elif field.default is not dataclasses.MISSING:
+            found[f"{prefix}{field.name}"] = field.default
+        elif field.default_factory is not dataclasses.MISSING:
+            found[f"{prefix}{field.name}"] = field.default_factory()
+    return found
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -309,15 +370,18 @@ def _refuse_unknown_keys(file: Path, known: list[str]) -> None:
             continue
         if any(other.startswith(f"{name}.") for other in known):
             raise SettingError(f"{file}: {name} is {value}, but it is a section; write `{name}:` and its settings below, indented")
-        free = any(name == other[:-2] or name.startswith(other[:-1]) for other in known if other.endswith(".*"))
-        if name not in known and not free:
+        if not _is_known(name, known):
             raise SettingError(f"{file}: unknown setting {name}{did_you_mean(name, known)}")
+
+
+def _is_known(name: str, known: list[str]) -> bool:
+    return name in known or any(name == other[:-2] or name.startswith(other[:-1]) for other in known if other.endswith(".*"))
 
 
 def _one_line(message: str, known: list[str]) -> str:
     unknown = re.search(r"(?:unrecognized arguments:|Unrecognized arguments:)\s*--(\S+?)(?:=|\s|$)", message)
     if unknown:
-        return f"unknown setting --{unknown[1]}{did_you_mean(unknown[1], [*known, 'config', 'out', 'resume'])}"
+        return f"unknown setting --{unknown[1]}{did_you_mean(unknown[1], [*known, 'config', 'out', 'resume', 'allow', 'dry-run'])}"
     outside = re.search(r"Group '(\S+)' does not accept option '(\S+)'", message)
     if outside:
         name = f"{outside[1]}.{outside[2]}"

@@ -11,7 +11,16 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class MimeticError(Exception):
-    """Base of every error that the user can mend."""
+    """Base of every error that the user can mend.
+
+    Args:
+        line: what is said.
+        together: every process of the run raises it at the same moment, so that one of them speaks for all.
+    """
+
+    def __init__(self, line: str, *, together: bool = False) -> None:
+        super().__init__(line)
+        self.together = together
 
 
 class SettingError(MimeticError):

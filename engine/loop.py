@@ -3,45 +3,31 @@
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mimetic.engine import checkpoints
+from mimetic.engine.capsules import Taken, write_capsule
 from mimetic.engine.config import Invocation, recipe_dict
-from mimetic.engine.errors import CheckpointError, DataError, LaunchError, MimeticError, SettingError
-from mimetic.engine.objective import Objective, StepOutput
-from mimetic.engine.optim import adamw, learning_rate, set_learning_rate
+from mimetic.engine.errors import CheckpointError, DataError, MimeticError
+from mimetic.engine.guard import Guard, Pulse
+from mimetic.engine.meeting import versions
+from mimetic.engine.objective import Objective, reseed
+from mimetic.engine.optim import ema_decay, learning_rate, set_rates, update_and_weight_squares
+from mimetic.engine.progress import Clock, Meter, Plan, Stream
 from mimetic.engine.run import Record, Run
-from mimetic.engine.runtime import add_up, engine_name, same_on_all_ranks
+from mimetic.engine.runtime import add_up, autocast, engine_name, same_on_all_ranks
+from mimetic.engine.sharding import Sharing, averaged, share
+from mimetic.engine.signals import SIGNALS
+from mimetic.engine.starting import Start, announce, look_ahead, to_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
 Batches = Iterator[dict[str, Any]]
-
-
-class Stream(Protocol):
-    """What the loop needs of a shard stream (`mimetic.data.stream.ShardStream`)."""
-
-    samples: int
-    global_batch: int
-
-    def __len__(self) -> int: ...
-    def __iter__(self) -> Iterator[dict[str, Any]]: ...
-    def run(self, stop: int) -> Iterator[dict[str, Any]]:
-        """Batches from the present position to batch number `stop`."""
-        ...
-
-    def state_dict(self) -> dict[str, Any]:
-        """The position."""
-        ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes to a position."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -51,92 +37,20 @@ class Evaluation:
     Attributes:
         stream: opens held-out images of this rank, padded and in order.
         measure: records from the batches of that stream, on the device; called on all ranks, the objective in eval mode.
+        best: the metric whose highest value marks the best checkpoint.
     """
 
     stream: Callable[[], Stream]
     measure: Callable[[Batches], list[Record]]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The length of the training and what happens when, in optimizer steps."""
-
-    steps: int
-    samples_per_step: int
-    log_every: int
-    checkpoint_every: int
-    picture_every: int
-    evaluate_every: int
-
-    @classmethod
-    def of(cls, recipe: Any, stream: Stream) -> "Plan":
-        """From the recipe's one duration and the stream's global batch."""
-        train = recipe.train
-        per_step = stream.global_batch * train.accumulate
-        if train.steps is not None:
-            steps = train.steps
-        elif train.epochs is not None:
-            steps = int(train.epochs * len(stream) / train.accumulate)
-        else:
-            steps = train.samples // per_step
-        if steps < 1:
-            raise SettingError(f"the training has no whole step of {per_step} images; raise train.samples or train.epochs")
-        return cls(
-            steps, per_step, train.log_every or max(1, steps // 100), train.checkpoint_every or max(1, -(-steps // 10)),
-            train.picture_every or max(1, -(-steps // 4)), train.evaluate_every or steps,
-        )  # fmt: skip
-
-    def due(self, every: int, step: int) -> bool:
-        """Whether something that happens `every` so many steps, and at the end, happens after this step."""
-        return step % every == 0 or step == self.steps
-
-    def logs(self, step: int) -> bool:
-        """The first step and the tenth too: they tell at once whether and how fast it learns.
-
-        Before each checkpoint as well: what is saved has been seen to be finite, and a resumed run logs the same means.
-        """
-        return step in (1, 10) or self.due(self.log_every, step) or self.due(self.checkpoint_every, step)
-
-
-@dataclass
-class Meter:
-    """Sums of metrics since the last line; they stay on the device until the line is due."""
-
-    sums: dict[str, torch.Tensor] = field(default_factory=dict)
-    counts: dict[str, torch.Tensor] = field(default_factory=dict)
-    batches: int = 0
-    waiting: float = 0.0
-    bad: int = 0
-    since: float = field(default_factory=time.perf_counter)
-
-    def add(self, output: StepOutput) -> None:
-        """One micro-batch."""
-        self.batches += 1
-        for name, value in {"loss": output.loss, **output.metrics}.items():
-            self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-        for name, value in output.counts.items():
-            self.counts[name] = self.counts.get(name, 0) + value.detach().float()
-
-    def read(self, accelerator: "Accelerator") -> dict[str, float]:
-        """Means over batches and ranks, and per histogram how many codes occur and their perplexity. The one wait for the device."""
-        scalars = torch.stack([*(total / self.batches for total in self.sums.values()),
-                               torch.tensor(float(self.bad), device=accelerator.device)])  # fmt: skip
-        means = (add_up(scalars) / accelerator.num_processes).tolist()
-        values = dict(zip([*self.sums, "bad"], means, strict=True))
-        values["bad"] *= accelerator.num_processes
-        for name, histogram in self.counts.items():
-            share = add_up(histogram).double().cpu()
-            share = share / share.sum().clamp(min=1)
-            values |= {f"{name}_used": float((share > 0).sum()), f"{name}_perplexity": float(torch.special.entr(share).sum().exp())}
-        return values
+    best: str = ""
 
 
 def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], kind: str, accelerator: "Accelerator",
-          title: str, evaluation: Evaluation | None = None, shown: Mapping[str, Any] | None = None) -> Objective:  # fmt: skip
+          title: str, evaluation: Evaluation | None = None, shown: Mapping[str, Any] | None = None) -> bool:  # fmt: skip
     """Trains to the end of the recipe, from the newest checkpoint of the run folder if there is one.
 
     Args:
-        objective: model and loss, not yet wrapped.
+        objective: model and loss, not yet wrapped; trained in place, with whole weights at the end.
         stream: training batches of this rank.
         kind: of the run, for its records: "pretrain", "classify", "tokenizer".
         title: what the first line says is going to happen.
@@ -144,106 +58,286 @@ def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], 
         shown: the batch that pictures are made of, such as held-out images; the default is the training batch at hand.
 
     Returns:
-        The unwrapped objective, trained; the run folder holds the rest.
+        Whether it was trained; a dry run only says what would happen.
     """
     recipe, plan = invocation.recipe, Plan.of(invocation.recipe, stream)
     run = Run(invocation, kind, main=accelerator.is_main_process)
-    optimizer = adamw(objective, recipe.optim)
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    torch.manual_seed(recipe.seed + 1 + accelerator.process_index)  # drop path and the like differ between ranks
     try:
         run.claim()
-        step, spent, bad = _resume(accelerator, invocation, run, stream)
-        _announce(accelerator, title, recipe, plan, stream, step, invocation.out)
-        loop = _Loop(accelerator, model, objective, optimizer, stream, recipe, plan, run, step, spent, shown, bad)
-        run.open(step)
+        objective.to(accelerator.device)
+        autocast(objective, accelerator.device, recipe.train.precision)
+        start = look_ahead(accelerator, objective, stream, invocation, run)
+        announce(accelerator, title, invocation, plan, stream, start)
+        if invocation.dry_run:
+            return False
+        sharing = share(accelerator, objective, recipe.optim, recipe.train.accumulate)
+        loop = _Loop(accelerator, sharing, objective, stream, recipe, plan, run, start, shown, evaluation)
+        run.open(start.step, {"title": title, "steps": plan.steps, "samples_per_step": plan.samples_per_step,
+                              "steps_per_epoch": plan.steps_per_epoch} | start.told)  # fmt: skip
         accelerator.wait_for_everyone()  # the folder is there for all
-        loop.walk(evaluation)
+        loop.walk()
     finally:
         run.close()
-    return objective
+    return True
 
 
-@dataclass
 class _Loop:
-    accelerator: Any
-    model: Any
-    objective: Objective
-    optimizer: Any
-    stream: Stream
-    recipe: Any
-    plan: Plan
-    run: Run
-    step: int
-    spent: float  # seconds of training before this start
-    shown: Mapping[str, Any] | None
-    bad: int = 0
+    """The state of a training, and its steps.
 
-    def walk(self, evaluation: Evaluation | None) -> None:
-        """All remaining steps; logs, pictures, checkpoints and evaluations as they fall due."""
-        if evaluation and self.step and self.plan.due(self.plan.evaluate_every, self.step) and not self.measured():
-            self.evaluate(evaluation, self.spent)  # a kill came between a checkpoint and its evaluation
-        started, meter, plan = time.perf_counter(), Meter(), self.plan
-        clock = _Clock(self.step)
-        batches = self.stream.run(plan.steps * self.recipe.train.accumulate)
+    Attributes:
+        step: steps that are done; also the number, counted from 0, of the one at hand.
+        seconds: of training, over all starts of the run.
+    """
+
+    def __init__(self, accelerator: "Accelerator", sharing: Sharing, objective: Objective, stream: Stream, recipe: Any, plan: Plan,
+                 run: Run, start: Start, shown: Mapping[str, Any] | None, evaluation: Evaluation | None) -> None:  # fmt: skip
+        self.accelerator, self.sharing, self.objective, self.stream = accelerator, sharing, objective, stream
+        self.recipe, self.plan, self.run, self.work, self.shown, self.evaluation = recipe, plan, run, start, shown, evaluation
+        self.device = accelerator.device
+        self.guard = Guard(recipe.guard, self.device, lag=1 if self.device.type == "cuda" else 0)
+        self.keeper = checkpoints.Keeper(run.folder / "checkpoints", recipe.train.keep)
+        self.taken: list[Taken] = []  # steps whose verdict is not known yet
+        self.went_back_to: int | None = None
+        self.asked = self.save_soon = False
+        self.step, self.bad, self.skips, self.rewinds, self.before = 0, 0, 0, 0, 0.0
+        if start.checkpoint is not None:
+            state = self.restore(*start.checkpoint)
+            self.stream.load_state_dict(state["stream"])
+            self.before, self.bad, self.skips, self.rewinds = (state[name] for name in ("seconds", "bad", "skips", "rewinds"))
+        self.started = time.perf_counter()
+        if recipe.train.compile:
+            objective.compile()
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.perf_counter() - self.started
+
+    # The walk
+
+    def walk(self) -> None:
+        """All remaining steps; at the end the objective has the weights that are kept."""
+        try:
+            if self.evaluation and self.step and self.plan.due(self.plan.evaluate_every, self.step) and not self.measured():
+                self.evaluate(self.evaluation)  # a kill came between a checkpoint and its evaluation
+            while self.step < self.plan.steps:
+                self.on()
+            self.keeper.wait()
+            if self.keeper.failure:
+                raise CheckpointError(self.unsaved())
+            if self.recipe.train.ema_decay:
+                averaged(self.sharing).__enter__()  # the mean is what is kept
+            self.sharing.consolidate()
+        finally:
+            SIGNALS.stepping = False
+            self.keeper.wait()
+
+    def on(self) -> None:
+        """Step after step, to the end of the training or until a bad step sends it back to a checkpoint."""
+        meter, clock, plan, parts = Meter(), Clock(self.step), self.plan, self.recipe.train.accumulate
+        batches = self.stream.run(self.batches_read() + (plan.steps - self.step) * parts)
         while self.step < plan.steps:
-            batch, norm = self.one_step(batches, meter)
-            self.step += 1
-            seconds = self.spent + time.perf_counter() - started
+            SIGNALS.stepping = True
+            batch = self.one_step(batches, meter)
+            if batch is None:
+                return
             if plan.logs(self.step):
-                self.log(meter, norm, seconds, clock)
+                self.log(meter, clock)
                 meter = Meter()
             paused = time.perf_counter()
-            if plan.due(plan.picture_every, self.step) and self.accelerator.is_main_process:
-                self.run.picture(self.step, self.objective.pictures(_to_device(self.shown or batch, self.accelerator.device)))
-            if plan.due(plan.checkpoint_every, self.step):
-                self.checkpoint(seconds)
-            if evaluation and plan.due(plan.evaluate_every, self.step):
-                self.evaluate(evaluation, seconds)
-                clock = _Clock(self.step)
+            if (plan.saves(self.step) or self.asked or self.save_soon) and self.save():
+                return
+            if plan.due(plan.picture_every, self.step):
+                self.picture(batch)
+            if self.evaluation and plan.due(plan.evaluate_every, self.step):
+                self.evaluate(self.evaluation)
+                clock = Clock(self.step)
             meter.since += time.perf_counter() - paused
 
-    def one_step(self, batches: Iterator[dict[str, Any]], meter: Meter) -> tuple[Mapping[str, Any], Any]:
-        """One optimizer step of `accumulate` micro-batches; returns the last batch and the gradient's norm."""
-        set_learning_rate(self.optimizer, learning_rate(self.recipe.optim, self.step / self.plan.steps))
-        self.objective.begin_step(self.step, self.plan.steps)
-        norm = None
-        for _ in range(self.recipe.train.accumulate):
-            asked = time.perf_counter()
-            batch = _to_device(next(batches), self.accelerator.device)
-            meter.waiting += time.perf_counter() - asked
-            meter.bad += len(batch["bad"])
-            self.run.skipped(batch["bad"])
-            with self.accelerator.accumulate(self.model):
-                output = self.model(batch)
-                self.accelerator.backward(output.loss)
-                if self.accelerator.sync_gradients:
-                    norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optim.clip or math.inf)
-                self.optimizer.step()
-                self.optimizer.zero_grad()
-            meter.add(output)
-        return batch, norm
+    def batches_read(self) -> int:
+        """Batches of this rank that lie behind, counted over epochs."""
+        position = self.stream.state_dict()
+        return position["epoch"] * len(self.stream) + position["samples"] // self.stream.global_batch
 
-    def log(self, meter: Meter, norm: Any, seconds: float, clock: "_Clock") -> None:
-        """One line of metrics, to the file and to the person; stops all ranks together on NaN and on too many bad samples."""
+    def one_step(self, batches: Batches, meter: Meter) -> Mapping[str, Any] | None:
+        """One optimizer step of `accumulate` micro-batches; returns the last of them, or None when the run went back instead."""
+        train, number = self.recipe.train, self.step
+        set_rates(self.sharing.optimizer, self.rate(number), ema_decay(train.ema_decay, number))
+        reseed(self.recipe.seed, number, self.accelerator.process_index)
+        self.objective.begin_step(number, self.plan.steps)
+        taken = Taken(number)
+        outputs = []
+        for micro in range(train.accumulate):
+            batch = self.next_batch(batches, meter)
+            last = micro + 1 == train.accumulate
+            with self.sharing.micro_batch(last):
+                outputs.append(self.sharing.model(batch))
+                self.sharing.backward(outputs[-1].loss, last)
+            taken.add(batch, outputs[-1].loss.detach())
+        self.norm = self.sharing.gradient_norm()
+        self.taken.append(taken)
+        bad = self.guard.judge(number, self.norm, bool(SIGNALS.number))
+        meter.add(outputs, bad)
+        if self.hear():
+            return None
+        self.sharing.update(bad)
+        self.objective.end_step()
+        self.step += 1
+        return batch
+
+    def rate(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return learning_rate(self.recipe.optim, step / self.plan.steps)
+
+    def next_batch(self, batches: Batches, meter: Meter) -> dict[str, Any]:
+        """The next micro-batch, on the device."""
+        asked = time.perf_counter()
+        batch = to_device(next(batches), self.device)
+        meter.waiting += time.perf_counter() - asked
+        meter.bad += len(batch["bad"])
+        self.run.skipped(batch["bad"])
+        return batch
+
+    # Numbers going wrong
+
+    def hear(self, all_of_them: bool = False) -> bool:
+        """Takes note of what is known of the last steps; returns whether the run went back to a checkpoint."""
+        while (pulse := self.guard.hear(all_of_them)) is not None:
+            taken = self.taken.pop(0)
+            self.asked |= pulse.asked
+            if pulse.bad and self.bad_step(pulse, taken):
+                return True
+        return False
+
+    def bad_step(self, pulse: Pulse, taken: Taken) -> bool:
+        """Writes its capsule; stops, goes on without it, or goes back, on all processes together. Returns whether it went back.
+
+        Raises:
+            MimeticError: the run stops here.
+        """
+        guard, step = self.recipe.guard, pulse.step + 1
+        what = (f"the gradient's norm is {pulse.norm:.3g} at step {step}, over {guard.spike:g} times the median of the last ones"
+                if math.isfinite(pulse.norm) else f"the gradient of step {step} is not finite")  # fmt: skip
+        capsule = write_capsule(self.run, self.accelerator, self.sharing, taken, pulse, self.plan.steps)
+        replay = f"see what happened with: mimetic replay {capsule}" if capsule else "the disk is too full for a capsule"
+        self.run.event("bad step", step, f"{what}; {replay}")
+        used_up = ""
+        if guard.bad_step == "skip":
+            if self.skips < guard.max_skips:
+                self.skips += 1
+                self.tell("skip", step, f"{what}; it is left out ({self.skips} of {guard.max_skips}); {replay}")
+                return False
+            used_up = f" and guard.max_skips {guard.max_skips} used up"
+        if guard.bad_step == "rewind":
+            if self.rewinds < guard.max_rewinds and (found := self.earlier()):
+                self.rewinds += 1
+                self.rewind(*found)
+                told = f"back to {found[0]}, and on with the data after it ({self.rewinds} of {guard.max_rewinds})"
+                self.tell("rewind", step, f"{what}; {told}; {replay}")
+                return True
+            used_up = (f" and guard.max_rewinds {guard.max_rewinds} used up" if self.rewinds >= guard.max_rewinds
+                       else " and no checkpoint to go back to")  # fmt: skip
+        self.run.event("stop", step, what)
+        raise MimeticError(f"{what} (guard.bad_step {guard.bad_step}{used_up}); checkpoints from before are kept; {replay}; lower optim.lr "
+                           f"({self.recipe.optim.lr:g}) or optim.clip, use train.precision fp32, or let the run pass over it by itself: "
+                           "guard.bad_step skip or rewind", together=True)  # fmt: skip
+
+    def earlier(self) -> tuple[Path, dict[str, Any]] | None:
+        """The newest valid checkpoint, or the one before it if the run went back to the newest already."""
+        self.keeper.wait()
+        self.accelerator.wait_for_everyone()
+        folder = self.keeper.folder
+        found = checkpoints.newest(folder, tell=self.accelerator.is_main_process)
+        if found and found[1]["step"] == self.went_back_to:
+            found = checkpoints.newest(folder, tell=False, before=self.went_back_to) or found
+        return found
+
+    def rewind(self, path: Path, state: dict[str, Any]) -> None:
+        """Weights, optimizer and step from a checkpoint; the stream stays where it is, behind the bad step."""
+        self.sharing.update(torch.ones((), device=self.device))  # forgets the gradient
+        self.went_back_to = self.restore(path, state)["step"]
+        self.taken.clear()
+        self.run.undo(self.step)
+        self.save_soon = True  # a kill from now on must not meet the bad data again
+
+    def tell(self, kind: str, step: int, line: str) -> None:
+        """An event, to its file and to the person."""
+        self.run.event(kind, step, line)
+        if self.accelerator.is_main_process:
+            print(line, flush=True)
+
+    # Saving
+
+    def restore(self, path: Path, state: dict[str, Any]) -> dict[str, Any]:
+        """Weights, optimizer and step; returns the state."""
+        self.sharing.load(*checkpoints.read(path))
+        self.guard.load(state["norms"])
+        self.step = state["step"]
+        return state
+
+    def save(self) -> bool:
+        """Copies everything that the same command needs to go on, and lets it be written; returns whether the run went back instead.
+
+        Raises:
+            Stopped: a signal had asked for it; it is written.
+        """
+        if self.hear(all_of_them=True):
+            return True
+        main = self.accelerator.is_main_process
+        files = {checkpoints.WEIGHTS: checkpoints.copies(self.sharing.weights(), main),
+                 checkpoints.MOMENTS: checkpoints.copies(self.sharing.moments(), main)}  # fmt: skip
+        state = {
+            "step": self.step, "seconds": self.seconds, "bad": self.bad, "skips": self.skips, "rewinds": self.rewinds,
+            "norms": self.guard.state(), "stream": self.stream.state_dict(), "recipe": recipe_dict(self.recipe), "inputs": self.run.inputs,
+            "world": self.accelerator.num_processes, "engine": engine_name(self.accelerator), "versions": versions(),
+        }  # fmt: skip
+        self.save_soon = False
+        if main:
+            self.keeper.wait()
+            if self.keeper.failure:
+                self.tell("checkpoint", self.step, self.unsaved("free some space; training goes on, and tries again at the next one"))
+            self.keeper.save(self.step, files, state, then=lambda: self.run.event("checkpoint", state["step"], "written"))
+        if self.asked:
+            self.leave()
+        return False
+
+    def unsaved(self, cure: str = "free some space and give the same command") -> str:
+        """Why, and what there is instead."""
+        found = checkpoints.newest(self.keeper.folder, tell=False)
+        kept = f"the last good checkpoint is {found[0]}" if found else "there is no earlier checkpoint"
+        return f"{self.keeper.failure}; {kept}; {cure}"
+
+    def leave(self) -> None:
+        """Once the checkpoint is written, on all processes.
+
+        Raises:
+            Stopped: always.
+        """
+        self.keeper.wait()
+        self.accelerator.wait_for_everyone()
+        saved = self.unsaved() if self.keeper.failure else f"saved after step {self.step}; the same command goes on from there"
+        self.run.event("signal", self.step, saved)
+        raise SIGNALS.stopped(saved)
+
+    # Looking
+
+    def log(self, meter: Meter, clock: Clock) -> None:
+        """One line of metrics, to the file and to the person; stops all ranks together on too many bad samples."""
+        update, weights = self.sharing.sum(update_and_weight_squares(self.sharing.optimizer, self.sharing.parts()).to(self.device)).tolist()
         values = meter.read(self.accelerator)
         self.bad += int(values.pop("bad"))
         elapsed = time.perf_counter() - meter.since
-        images = meter.batches * self.stream.global_batch
+        rate = meter.batches * self.stream.global_batch / elapsed
+        macs = rate * self.work.work.macs
         values |= {
-            "learning_rate": learning_rate(self.recipe.optim, (self.step - 1) / self.plan.steps), "grad_norm": float(norm or 0.0),
-            "images_per_second": images / elapsed, "data_wait": meter.waiting / elapsed,
-            "samples": self.step * self.plan.samples_per_step, "seconds": seconds,
+            "learning_rate": self.rate(self.step - 1), "grad_norm": float(self.norm),
+            "update_ratio": math.sqrt(update / max(weights, 1e-30)), "images_per_second": rate, "macs_per_second": macs,
+            "matrix_share": macs / self.accelerator.num_processes / self.work.matrix_rate,
+            "data_wait": meter.waiting / elapsed, "samples": self.step * self.plan.samples_per_step, "seconds": self.seconds,
         }  # fmt: skip
-        if self.bad:
-            values["bad_samples"] = self.bad
+        values |= {name: number for name, number in
+                   (("bad_samples", self.bad), ("skipped_steps", self.skips), ("rewinds", self.rewinds)) if number}  # fmt: skip
         self.run.metrics(self.step, values)
         clock.tell(self.accelerator, self.step, self.plan.steps, values)
-        if not math.isfinite(values["loss"]):
-            raise MimeticError(
-                f"the loss is {values['loss']} at step {self.step}; lower optim.lr ({self.recipe.optim.lr}) or optim.clip, or use "
-                "train.precision fp32; checkpoints from before are kept"
-            )
         read, tolerated = self.step * self.plan.samples_per_step, self.recipe.data.max_bad
         epochs = math.ceil(read / (len(self.stream) * self.stream.global_batch))  # a bad sample comes again in each
         if self.bad > tolerated * self.stream.samples * epochs + 1e-9:
@@ -252,26 +346,40 @@ class _Loop:
                 f"{tolerated:.1%} of the data; their keys are in {self.run.folder}/skipped.txt; pack the images again, or raise it"
             )
 
+    def picture(self, batch: Mapping[str, Any]) -> None:
+        """Drawn on all processes, since gathering weights may take all of them; kept on the first."""
+        self.run.picture(self.step, self.objective.pictures(to_device(self.shown or batch, self.device)))
+
     def measured(self) -> bool:
         """Whether this step's evaluation has been recorded; the main process knows."""
-        known = torch.tensor(float(self.accelerator.is_main_process and self.run.measured(self.step)), device=self.accelerator.device)
+        known = torch.tensor(float(self.accelerator.is_main_process and self.run.measured(self.step)), device=self.device)
         return bool(add_up(known))
 
-    def evaluate(self, evaluation: Evaluation, seconds: float) -> None:
-        """Records what is measured, beside step, samples, seconds and parameters."""
+    def evaluate(self, evaluation: Evaluation) -> None:
+        """Records what is measured, beside step, samples, seconds and parameters, with the mean of the weights where one is kept.
+
+        Raises:
+            Stopped: a signal came; what is measured was saved before.
+        """
+        if float(add_up(torch.tensor(float(bool(SIGNALS.number)), device=self.device))):
+            self.leave()
+        SIGNALS.stepping = False  # from here on a signal ends the process at once
+        self.keeper.wait()  # loader workers are forked, and threads do not go along
         same_on_all_ranks(self.objective.buffers())  # BatchNorm's statistics are each rank's own; rank 0's are what is saved
         self.objective.eval()
-        with torch.no_grad():
+        with averaged(self.sharing), torch.no_grad():
             records = evaluation.measure(self.held_out(evaluation.stream()))
         self.objective.train()
-        parameters = sum(p.numel() for p in self.objective.parameters())
+        parameters = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self.objective.parameters())
         samples = self.step * self.plan.samples_per_step
-        progress: dict[str, Any] = {"step": self.step, "samples": samples, "seconds": round(seconds, 1), "parameters": parameters}
+        progress: dict[str, Any] = {"step": self.step, "samples": samples, "seconds": round(self.seconds, 1), "parameters": parameters}
         self.run.record(*(replace(record, **progress) for record in records))
         for r in records:
-            self.run.metrics(self.step, {r.metric: r.value, "samples": samples, "seconds": seconds})
+            self.run.metrics(self.step, {r.metric: r.value, "samples": samples, "seconds": self.seconds})
             if self.accelerator.is_main_process:
                 print(f"{r.metric} {r.value:.4f}" + (f" over {r.count:,} images" if r.count else ""), flush=True)
+        if self.accelerator.is_main_process and self.run.is_best(evaluation.best, self.step):
+            self.keeper.mark_best(self.step)
 
     def held_out(self, stream: Stream) -> Batches:
         """Its batches on the device. What does not decode is listed, and ends the run when it is more than data.max_bad of them.
@@ -283,87 +391,11 @@ class _Loop:
         for batch in stream:
             bad += len(batch["bad"])
             self.run.skipped(batch["bad"])
-            yield _to_device(batch, self.accelerator.device)
-        bad = int(add_up(torch.tensor(float(bad), device=self.accelerator.device)))
+            yield to_device(batch, self.device)
+        bad = int(add_up(torch.tensor(float(bad), device=self.device)))
         tolerated = self.recipe.data.max_bad
         told = f"{bad} of the {stream.samples:,} held-out images did not decode, their keys are in {self.run.folder}/skipped.txt"
         if bad > tolerated * stream.samples + 1e-9 or bad == stream.samples:
             raise DataError(f"{told}; data.max_bad tolerates {tolerated:.1%}; pack the images again, or raise it")
         if bad and self.accelerator.is_main_process:
             print(f"{told}; measured without them", flush=True)
-
-    def checkpoint(self, seconds: float) -> None:
-        """Everything that the same command needs to go on."""
-        state = {
-            "step": self.step, "seconds": seconds, "bad": self.bad, "stream": self.stream.state_dict(),
-            "recipe": recipe_dict(self.recipe), "inputs": self.run.inputs, "world": self.accelerator.num_processes,
-            "engine": engine_name(self.accelerator),
-        }  # fmt: skip
-        checkpoints.save(self.accelerator, self.run.folder / "checkpoints", self.step, state, self.recipe.train.keep)
-
-
-class _Clock:
-    """The person's line: what is being learned, how fast, and how long the whole run still takes."""
-
-    def __init__(self, step: int) -> None:
-        self.first, self.started, self.told = step, time.perf_counter(), 0.0
-
-    def tell(self, accelerator: "Accelerator", step: int, steps: int, values: dict[str, float]) -> None:
-        now = time.perf_counter()
-        if not accelerator.is_main_process or (now - self.told < 5 and step not in (1, 10, steps)):
-            return
-        self.told = now
-        left = (now - self.started) / (step - self.first) * (steps - step)
-        learned = "  ".join(f"{name} {values[name]:.3f}" for name in values if name == "loss" or "accuracy" in name)
-        print(f"step {step}/{steps}  {learned}  {values['images_per_second']:.0f} images/s  "
-              f"data wait {values['data_wait']:.0%}  {duration(left)} left", flush=True)  # fmt: skip
-
-
-def duration(seconds: float) -> str:
-    """`3 min 20 s`, as a person says it."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{rest} s"
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _announce(accelerator: "Accelerator", title: str, recipe: Any, plan: Plan, stream: Stream, step: int, out: Path) -> None:
-    if accelerator.is_main_process:
-        print(f"{title}: {plan.steps} steps of {plan.samples_per_step} images ({plan.steps * plan.samples_per_step:,} images, "
-              f"{plan.steps * plan.samples_per_step / stream.samples:.1f} times the {stream.samples:,} in the data)")  # fmt: skip
-        print(f"{accelerator.num_processes} process{'es' if accelerator.num_processes > 1 else ''} ({engine_name(accelerator)}), "
-              f"{accelerator.device.type}, {recipe.train.precision}, learning rate {recipe.optim.lr:g}; run folder {out}"
-              + (f"; going on after step {step}" if step else ""), flush=True)  # fmt: skip
-
-
-def _resume(accelerator: "Accelerator", invocation: Invocation[Any], run: Run, stream: Stream) -> tuple[int, float, int]:
-    """Step, seconds and bad samples so far: all 0 for a fresh start."""
-    folder = invocation.out / "checkpoints"
-    path = Path(invocation.resume) if invocation.resume else checkpoints.newest(folder, tell=accelerator.is_main_process)
-    if path is None and (damaged := sorted(folder.glob("step-*"))):
-        raise CheckpointError(f"all {len(damaged)} checkpoints in {folder} are damaged; remove {invocation.out} to start afresh")
-    state: dict[str, Any] = checkpoints.verify(path) if path else {"step": 0}
-    _agree(accelerator, state["step"])
-    if path is None:
-        if invocation.resume is not None:
-            raise CheckpointError(f"--resume: no valid checkpoint in {folder}; leave --resume out to start afresh")
-        return 0, 0.0, 0
-    run.check_same_recipe(state["recipe"], state.get("inputs", {}), path)
-    stream.load_state_dict(state["stream"])
-    checkpoints.load(accelerator, path, state, engine_name(accelerator))
-    return state["step"], state["seconds"], state["bad"]
-
-
-def _agree(accelerator: "Accelerator", step: int) -> None:
-    """All ranks must go on from the same checkpoint: a folder that only some of them see would mix gradients of different steps."""
-    steps = torch.zeros(accelerator.num_processes, device=accelerator.device)
-    steps[accelerator.process_index] = step
-    found = [int(step) for step in add_up(steps).tolist()]
-    if len(set(found)) > 1:
-        raise LaunchError(f"the processes see different checkpoints (steps {found}); the run folder must be on a disk that all share")
-
-
-def _to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value for name, value in batch.items()
-    }

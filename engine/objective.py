@@ -26,6 +26,7 @@ class Objective(nn.Module):
     """A model with its loss. A frozen teacher or tokenizer is kept out of state_dict and optimizer (see `frozen`)."""
 
     num_depths: int = 1
+    moves_weights: bool = False  # whether `end_step` changes weights by itself, behind the optimizer's back
 
     def forward(self, batch: Mapping[str, Any]) -> StepOutput:
         """One micro-batch of the stream, tensors on the device."""
@@ -45,6 +46,14 @@ class Objective(nn.Module):
 
     def begin_step(self, step: int, steps: int) -> None:
         """Told before each step how many of all steps are done: for annealing."""
+
+    def end_step(self) -> None:
+        """After the optimizer's step: what changes weights otherwise than by their gradient belongs here."""
+
+
+def reseed(seed: int, step: int, rank: int) -> None:
+    """Drop path, Gumbel noise and the like draw from (seed, step, process): nothing of it has to be saved, or is lost by going back."""
+    torch.manual_seed(int(np.random.SeedSequence([seed, step, rank]).generate_state(1, np.uint64)[0] >> 1))
 
 
 def frozen(module: Any, device: torch.device | str) -> tuple[Any]:

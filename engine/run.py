@@ -8,18 +8,21 @@ import json
 import os
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
 import yaml
 
-from mimetic.engine.config import Invocation, flatten, recipe_dict, recipe_hash, write_atomically
+from mimetic.engine.config import Invocation, default_settings, flatten, recipe_dict, recipe_hash, write_atomically
 from mimetic.engine.errors import CheckpointError, LaunchError, SettingError, disk_is_full
 
-# Settings that change no number of the training: a checkpoint may be continued under others.
+# Settings that change no number of a training in which all goes well: a checkpoint may be continued under others.
 HARMLESS = ("data.workers", "data.max_bad", "data.cache", "data.cache_gb", "train.log_every", "train.checkpoint_every", "train.keep",
-            "train.picture_every", "train.evaluate_every", "expected.source", "expected.loss", "expected.masked_accuracy")  # fmt: skip
+            "train.picture_every", "train.evaluate_every", "guard.bad_step", "guard.max_skips", "guard.max_rewinds",
+            "expected.source", "expected.loss", "expected.masked_accuracy")  # fmt: skip
+STEP = ("data.batch_size", "train.accumulate")  # may change with the number of processes, as long as a step has as many images
 # Settings that name a folder, and the file in it that tells whether its content is still the same.
 INPUTS = ("data.index", "evaluate_on", "evaluation.index", "tokenizer.path", "init.path", "distill.teacher")
 CONTENT = ("index.json", "model.safetensors", "tokenizer/model.safetensors", "backbone/model.safetensors", "residual_cnn/model.safetensors")
@@ -72,8 +75,12 @@ class Run:
         if self.main and (self.folder / ".lock").exists():
             self._lock = _lock(self.folder)
 
-    def open(self, step: int) -> None:
+    def open(self, step: int, plan: dict[str, Any] | None = None) -> None:
         """Creates the folder, or continues it: lines of metrics after `step` belong to work that a kill undid.
+
+        Args:
+            step: steps that are done.
+            plan: what will happen, for plan.json.
 
         Raises:
             SettingError: the folder holds something else, a finished run of another recipe, or cannot be written.
@@ -92,12 +99,25 @@ class Run:
                 raise
             raise SettingError(f"--out {self.folder}: {error.strerror}; give a folder that can be written") from None
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(recipe_dict(self.recipe), sort_keys=False))
-        for name in ("metrics.jsonl", "records.jsonl"):
-            kept = [line for line in read_lines(self.folder / name) if line["step"] <= step and step]
-            write_atomically(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
+        write_atomically(self.folder / "plan.json", json.dumps(plan or {}, indent=1))
+        self.undo(step)
+        if not step:
+            (self.folder / "events.jsonl").unlink(missing_ok=True)
+        self.event("start", step, f"going on after step {step}" if step else "from the beginning")
         from torch.utils.tensorboard import SummaryWriter
 
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=20)
+
+    def undo(self, step: int) -> None:
+        """Leaves out lines of metrics and records after a step: the work they tell of will be done again."""
+        for name in ("metrics.jsonl", "records.jsonl") if self.main else ():
+            kept = [line for line in read_lines(self.folder / name) if line["step"] <= step and step]
+            write_atomically(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def event(self, kind: str, step: int, text: str) -> None:
+        """Appends to events.jsonl: starts, checkpoints, bad steps, signals; these stay whatever is undone."""
+        if self.main:
+            _append(self.folder / "events.jsonl", {"time": _now(), "step": step, "kind": kind, "text": text})
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Appends a line to metrics.jsonl and points to TensorBoard."""
@@ -109,13 +129,18 @@ class Run:
     def record(self, *records: Record) -> None:
         """Appends lines to records.jsonl, all or none, with the recipe's hash, the code's revision and the seed."""
         if self.main:
-            origin = {"time": time.strftime("%Y-%m-%dT%H:%M:%S"), "kind": self.kind, "recipe": recipe_hash(self.recipe),
+            origin = {"time": _now(), "kind": self.kind, "recipe": recipe_hash(self.recipe),
                       "revision": git_revision(), "seed": self.recipe.seed}  # fmt: skip
             _append(self.folder / "records.jsonl", *(origin | dataclasses.asdict(record) for record in records))
 
     def measured(self, step: int) -> bool:
         """Whether an evaluation after this step has been recorded."""
         return any(line["step"] == step for line in read_lines(self.folder / "records.jsonl"))
+
+    def is_best(self, metric: str, step: int) -> bool:
+        """Whether the evaluation after this step has the highest value of a metric so far."""
+        values = {line["step"]: line["value"] for line in read_lines(self.folder / "records.jsonl") if line["metric"] == metric}
+        return step in values and values[step] >= max(values.values())
 
     def picture(self, step: int, image_HWC: np.ndarray | None) -> None:
         """Saves samples/step-00000123.png and shows it in TensorBoard."""
@@ -154,19 +179,33 @@ class Run:
                     found[name] = hashlib.file_digest(content, "sha256").hexdigest()
         return found
 
-    def check_same_recipe(self, stored: dict[str, Any], inputs: dict[str, str], checkpoint: Path) -> None:
+    def check_same_recipe(self, state: dict[str, Any], checkpoint: Path, world: int, allow: Sequence[str] = ()) -> None:
         """Refuses a checkpoint of another recipe or of other data; settings that change no number may differ.
 
+        Args:
+            state: what the checkpoint stored.
+            checkpoint: its folder.
+            world: processes now; they may be others, if a step has as many images as before.
+            allow: settings that may differ.
+
         Raises:
-            CheckpointError: names the first settings that differ, with both values, or the input that changed.
+            CheckpointError: names the settings that differ, with both values, or the input that changed.
         """
-        theirs, ours = flatten(stored), flatten(recipe_dict(self.recipe))
-        names = [name for name in theirs | ours if theirs.get(name) != ours.get(name) and not is_harmless(name)]
+        ours = flatten(recipe_dict(self.recipe))
+        theirs = self._completed(flatten(state["recipe"]), ours)
+        (before, was), (now, it_is) = _images_a_step(theirs, state["world"]), _images_a_step(ours, world)
+        if before != now and not set(STEP) & set(allow):
+            raise CheckpointError(f"{checkpoint} had {before} images a step ({was}), this run has {now} ({it_is}); "
+                                  f"{_cure(before, ours, world)}")  # fmt: skip
+        names = [name for name in theirs | ours if theirs.get(name) != ours.get(name) and not is_harmless(name)
+                 and name not in (*STEP, *allow)]  # fmt: skip
         if names:
-            told = "; ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in names[:3])
-            raise CheckpointError(f"{checkpoint} is of another recipe ({told}); use that recipe or another --out")
-        if changed := _changed(inputs, self.inputs):
-            raise CheckpointError(f"{changed[0]} {ours[changed[0]]} is not what it was when {checkpoint} was written; use another --out")
+            told = "; ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in names)
+            allowing = " ".join(f"--allow {name}" for name in names)
+            raise CheckpointError(f"{checkpoint} is of another recipe ({told}); use that recipe, or another --out, or {allowing}")
+        if changed := [name for name in _changed(state.get("inputs", {}), self.inputs) if name not in allow]:
+            raise CheckpointError(f"{changed[0]} {ours[changed[0]]} is not what it was when {checkpoint} was written; use another --out, "
+                                  f"or --allow {changed[0]}")  # fmt: skip
 
     @property
     def finished(self) -> bool:
@@ -178,7 +217,8 @@ class Run:
         self._refuse_foreign()
         try:
             done = json.loads((self.folder / "finished.json").read_text())
-            same = done["recipe"] == _fixed_hash(self.recipe)
+            ours = json.loads(_fixed(self.recipe))
+            same = self._completed(json.loads(done["recipe"]), ours) == ours
         except (OSError, ValueError, TypeError, KeyError):  # none, or damaged: the checkpoints tell
             return False
         return same and not _changed(done.get("inputs", {}), self.inputs)
@@ -186,8 +226,15 @@ class Run:
     def finish(self) -> None:
         """Marks the run as complete; the last thing written."""
         if self.main:
-            done = {"recipe": _fixed_hash(self.recipe), "inputs": self.inputs}
+            done = {"recipe": _fixed(self.recipe), "inputs": self.inputs}
+            lines = read_lines(self.folder / "metrics.jsonl")
+            self.event("finished", lines[-1]["step"] if lines else 0, "trained to the end of the recipe")
             write_atomically(self.folder / "finished.json", json.dumps(done) + "\n")
+
+    def _completed(self, stored: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+        """Stored settings, with the defaults of those that did not exist when they were stored."""
+        defaults = default_settings(type(self.recipe))
+        return {name: defaults[name] for name in ours if name not in stored and name in defaults} | stored
 
     def _refuse_foreign(self) -> None:
         """Nothing of anybody's is overwritten: a folder that is neither new nor a run is refused."""
@@ -205,6 +252,21 @@ class Run:
 def is_harmless(name: str) -> bool:
     """Whether a dotted setting, or an entry of one, changes no number of the training."""
     return name in HARMLESS or name.startswith(tuple(f"{setting}." for setting in HARMLESS))
+
+
+def _images_a_step(settings: dict[str, Any], world: int) -> tuple[int, str]:
+    batch, micro_batches = (settings[name] for name in STEP)
+    return batch * world * micro_batches, f"{batch} x {world} process{'es' if world > 1 else ''} x {micro_batches}"
+
+
+def _cure(images: int, ours: dict[str, Any], world: int) -> str:
+    """Which settings give as many images a step on this many processes."""
+    if images % world:
+        return f"no batch size gives that on {world} processes; use a number of processes that divides {images}"
+    each, batch = images // world, ours[STEP[0]]
+    if each % batch == 0:
+        return f"--train.accumulate {each // batch} keeps them"
+    return f"--data.batch_size {each} --train.accumulate 1 keeps them"
 
 
 def _changed(before: dict[str, str], now: dict[str, str]) -> list[str]:
@@ -254,9 +316,13 @@ def git_revision() -> str:
     return found.stdout.strip() if found.returncode == 0 else "unknown"
 
 
-def _fixed_hash(recipe: Any) -> str:
+def _fixed(recipe: Any) -> str:
     fixed = {name: value for name, value in flatten(recipe_dict(recipe)).items() if not is_harmless(name)}
     return json.dumps(fixed, sort_keys=True)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def _append(path: Path, *lines: dict[str, Any]) -> None:

@@ -14,10 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 from mimetic.engine.config import OptimSettings, TrainSettings
 from mimetic.engine.errors import LaunchError, MimeticError, disk_is_full
+from mimetic.engine.meeting import announced_world, meet
+from mimetic.engine.signals import SIGNALS, Stopped
 
 if TYPE_CHECKING:
     import torch
     from accelerate import Accelerator
+
+    from mimetic.engine.objective import Objective
 
 PATIENCE = 5  # seconds in which a launcher notices that a process has ended, and ends the others
 
@@ -34,22 +38,27 @@ def run_entry(main: Callable[[], None]) -> None:
         if "RANK" in os.environ:
             _end()
     except MimeticError as error:
-        _leave(str(error), 2)
+        _leave(f"error: {error}", 2, together=error.together)
+    except Stopped as stopped:
+        _leave(stopped.told, 128 + stopped.number, together=True)
     except KeyboardInterrupt:
-        _leave("interrupted; the same command goes on from the last checkpoint", 130)
+        _leave("error: interrupted; the same command goes on from the last checkpoint", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-        _leave("nobody reads the output any more", 1)
+        _leave("error: nobody reads the output any more", 1)
     except Exception as error:
+        if SIGNALS.number:  # what breaks while processes leave is not news
+            _leave(SIGNALS.stopped("the same command goes on from the last checkpoint").told, 128 + SIGNALS.number, together=True)
         if "RANK" in os.environ and _peer_is_gone(error):
+            SIGNALS.deaf()
             time.sleep(PATIENCE)  # the peer's own line says why; here the launcher ends this process, unless the peer was elsewhere
-            _leave("another process of this run has ended; the same command goes on from the last checkpoint", 1)
+            _leave("error: another process of this run has ended; the same command goes on from the last checkpoint", 1)
         if not disk_is_full(error):
             if isinstance(error, OSError) and error.filename:
-                _leave(f"{error.filename}: {error.strerror}", 2)
+                _leave(f"error: {error.filename}: {error.strerror}", 2)
             raise
         what = " ".join(str(error).split("\n")[0].split())
-        _leave(f"the disk is full ({what}); free some space and give the same command: it goes on from the last checkpoint", 2)
+        _leave(f"error: the disk is full ({what}); free some space and give the same command: it goes on from the last checkpoint", 2)
 
 
 def _end() -> None:
@@ -68,12 +77,14 @@ def _peer_is_gone(error: Exception) -> bool:
     return any(word in str(error).lower() for word in ("connection closed by peer", "connection reset by peer", "broken pipe"))
 
 
-def _leave(line: str, code: int) -> None:
+def _leave(line: str, code: int, together: bool = False) -> None:
     rank = int(os.environ.get("RANK", 0))
+    SIGNALS.deaf()  # the launcher may be ending this process already
     sys.stdout.flush()
-    if rank:
+    if rank and not together:
         time.sleep(PATIENCE)
-    print(f"mimetic: error: {line}", file=sys.stderr, flush=True)
+    if not (rank and together):
+        print(f"mimetic: {line}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:
         os._exit(code)  # a peer that waits in a collective must not keep this process from ending
     sys.exit(code)
@@ -83,9 +94,11 @@ def start(train: TrainSettings, optim: OptimSettings, batch_size: int) -> "Accel
     """The Accelerator of this run, on whatever the launcher set up: one process, DDP, or DeepSpeed.
 
     Raises:
-        LaunchError: the processes that exist are not those that the launcher announced.
+        LaunchError: the processes that exist are not those that the launcher announced, do not find each other, or the launch
+            settles what the recipe settles otherwise.
     """
     _end_with_launcher()
+    SIGNALS.listen()
     # OpenMP's threads spin while they wait for each other. On a CPU that they share with a worker or another program, the one
     # that is missing then waits for those that spin: small steps ran ten times slower. Read when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -94,48 +107,80 @@ def start(train: TrainSettings, optim: OptimSettings, batch_size: int) -> "Accel
     accelerated = torch.cuda.is_available() or torch.accelerator.is_available()
     if not accelerated:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    given = os.environ.get("WORLD_SIZE", "1")
-    announced = int(given) if given.isdecimal() else 0
-    missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if announced < 1 or (announced > 1 and missing):
-        what = f"{missing[0]} is not set" if announced > 1 else "that is no number of processes"
-        raise LaunchError(f"WORLD_SIZE is {given} but {what}; start with accelerate launch or torchrun, or unset WORLD_SIZE")
+    announced = announced_world()
+    _refuse_ignored(train)
 
-    from accelerate import Accelerator
+    from accelerate import Accelerator, DistributedDataParallelKwargs
     from accelerate.utils import InitProcessGroupKwargs
 
     # On CPUs accelerate has to be told twice. Under DeepSpeed it never learns the backend, and each rank believes it is process
     # 0 of 1; without DeepSpeed it needs cpu=True, or it knows of two processes and yet wraps nothing in DDP.
     deepspeed = os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    gloo = not accelerated and (announced > 1 or deepspeed)
-    accelerator = Accelerator(
-        cpu=not accelerated and not deepspeed,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if gloo else [],
-        mixed_precision="bf16" if train.precision == "bf16" else "no",
-        gradient_accumulation_steps=train.accumulate,
-        step_scheduler_with_optimizer=False,
-    )
+    several = announced > 1 or deepspeed
+    if several:
+        meet("nccl" if torch.cuda.is_available() else "gloo", announced)
+    handlers: list[Any] = [DistributedDataParallelKwargs(gradient_as_bucket_view=True)]
+    if several and not accelerated:
+        handlers.append(InitProcessGroupKwargs(backend="gloo"))
+    accelerator = Accelerator(cpu=not accelerated and not deepspeed, kwargs_handlers=handlers)
     _check_world(accelerator, announced)
-    plugin = accelerator.state.deepspeed_plugin
-    if plugin is not None:
-        if plugin.zero_stage != 1:
-            raise LaunchError(f"ZeRO stage {plugin.zero_stage} is not supported yet; use launch/accelerate/zero1.yaml")
-        if train.precision != "fp32":
-            # DeepSpeed would cast parameters and leave inputs and buffers as they are, where autocast is meant.
-            raise LaunchError(f"train.precision {train.precision} does not run under DeepSpeed yet; use fp32 or ddp.yaml")
-        plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = batch_size
-        plugin.deepspeed_config["gradient_accumulation_steps"] = train.accumulate
-        plugin.deepspeed_config["gradient_clipping"] = optim.clip
-        plugin.deepspeed_config["steps_per_print"] = 1 << 62
+    if accelerator.state.deepspeed_plugin is not None:
+        _configure_deepspeed(accelerator.state.deepspeed_plugin, train, optim, batch_size, announced)
     return accelerator
 
 
+def _refuse_ignored(train: TrainSettings) -> None:
+    """What a launch file says and the recipe settles: where the two differ, one of them would be ignored."""
+    told = {
+        "mixed_precision": ("ACCELERATE_MIXED_PRECISION", "no", {"fp32": "no"}.get(train.precision, train.precision), "train.precision"),
+        "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", str(train.accumulate), "train.accumulate"),
+        "dynamo_backend": ("ACCELERATE_DYNAMO_BACKEND", "NO", "INDUCTOR" if train.compile else "NO", "train.compile"),
+    }
+    for name, (variable, unset, ours, setting) in told.items():
+        given = os.environ.get(variable, unset)
+        if given.upper() not in (unset.upper(), ours.upper()):
+            raise LaunchError(f"the launch says {name} {given.lower()}, the recipe's {setting} says {ours.lower()}; the recipe decides: "
+                              f"leave {name} out of the launch, or set {setting}")  # fmt: skip
+
+
+def _configure_deepspeed(plugin: Any, train: TrainSettings, optim: OptimSettings, batch_size: int, world: int) -> None:
+    config, stage = plugin.deepspeed_config, plugin.zero_stage
+    if stage not in (1, 2, 3):
+        raise LaunchError(f"ZeRO stage {stage} splits nothing; use 1, 2 or 3, or DDP (launch/accelerate/ddp.yaml)")
+    ours = {"train_micro_batch_size_per_gpu": batch_size, "gradient_accumulation_steps": train.accumulate, "gradient_clipping": optim.clip,
+            "train_batch_size": batch_size * train.accumulate * world}  # fmt: skip
+    settings = {"train_micro_batch_size_per_gpu": "data.batch_size", "gradient_accumulation_steps": "train.accumulate",
+                "gradient_clipping": "optim.clip", "train_batch_size": "data.batch_size x train.accumulate x processes"}  # fmt: skip
+    for name, value in ours.items():
+        given = config.get(name, "auto")
+        if given not in ("auto", None, value) and not (name == "gradient_accumulation_steps" and given == 1):
+            raise LaunchError(f"the DeepSpeed configuration says {name} {given}, the recipe {value} ({settings[name]}); the recipe "
+                              "decides: leave it out there, or set it to auto")  # fmt: skip
+    for name in ("optimizer", "scheduler", "fp16", "bf16", "amp", "torch_autocast"):
+        given = config.get(name)
+        if given and not (isinstance(given, dict) and given.get("enabled") in (False, "auto")):
+            raise LaunchError(f"the DeepSpeed configuration sets {name}, which the recipe decides (optim, train.precision); leave it out")
+    config.update(ours, steps_per_print=1 << 62, zero_force_ds_cpu_optimizer=False)
+    config["train_batch_size"] = "auto"  # accelerate multiplies by itself
+
+
+def autocast(objective: "Objective", device: "torch.device", precision: str) -> None:
+    """Lets its forward compute matrix products in the precision; weights stay in fp32, under every engine alike."""
+    import torch
+
+    if precision == "bf16":
+        objective.forward = torch.autocast(device.type, torch.bfloat16)(objective.forward)  # type: ignore[method-assign]
+
+
 def _end_with_launcher() -> None:
-    """A launcher that is killed outright must not leave its processes behind, training into the same folder (Linux)."""
+    """A launcher that ends must not leave its processes behind, training into the same folder: they save and leave (Linux).
+
+    `accelerate launch` of one process does not even hand a SIGTERM on.
+    """
     launched = "TORCHELASTIC_RUN_ID" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ
     if launched and sys.platform == "linux":
         PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def engine_name(accelerator: "Accelerator") -> str:

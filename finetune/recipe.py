@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mimetic.backbones import catalog
 from mimetic.engine import ranges
-from mimetic.engine.config import BackboneSettings, DataSettings, Expected, OptimSettings, TrainSettings
+from mimetic.engine.config import BackboneSettings, DataSettings, Expected, GuardSettings, OptimSettings, TrainSettings
 from mimetic.engine.errors import SettingError
 
 RESIDUAL_CNN = "residual_cnn"  # the one model that is no backbone: a teacher
@@ -119,6 +119,7 @@ class ClassifyRecipe:
     distill: DistillSettings = DistillSettings()
     views: ClassifyViewSettings = ClassifyViewSettings()
     arm: str = "supervised"
+    guard: GuardSettings = GuardSettings()
     seed: int = 0
     expected: Expected = Expected()
 

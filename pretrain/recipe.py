@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mimetic.backbones import catalog
 from mimetic.engine import ranges
-from mimetic.engine.config import BackboneSettings, DataSettings, Expected, OptimSettings, TrainSettings
+from mimetic.engine.config import BackboneSettings, DataSettings, Expected, GuardSettings, OptimSettings, TrainSettings
 from mimetic.engine.errors import SettingError
 
 
@@ -94,6 +94,7 @@ class BeitRecipe:
     mask: MaskSettings = MaskSettings()
     views: ViewSettings = ViewSettings()
     evaluate_on: str | None = None
+    guard: GuardSettings = GuardSettings()
     seed: int = 0
     expected: Expected = Expected()
 

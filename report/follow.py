@@ -260,15 +260,14 @@ class Followed:
         return waited if waited > max(QUIET, INTERVALS * usual) else 0.0
 
     def state(self, now: float) -> tuple[str, str]:
-        """One of finished, stopped, stopping, quiet, running, and unknown (elsewhere, before any news); and what is told of it."""
+        """One of finished, stopped, quiet, running, and unknown (elsewhere, before any news); and what is told of it."""
         turns = [event for event in self.events if event.get("kind") in ("start", "signal", "stop", "finished")]
         turn = str(turns[-1].get("kind")) if turns else ""
         if turn == "finished" or (not turn and self._finished):
             return "finished", ""
-        quiet = bool(self.silence(now))
         if turn in ("stop", "signal"):
-            return ("stopping" if turn == "signal" and not quiet else "stopped"), one_line(turns[-1].get("text"))
-        return ("quiet" if quiet else "running" if self._news else "unknown"), ""
+            return "stopped", one_line(turns[-1].get("text"))
+        return ("quiet" if self.silence(now) else "running" if self._news else "unknown"), ""
 
     def ends(self, now: float) -> float:
         """When it will be finished, in seconds since 1970."""

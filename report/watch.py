@@ -19,7 +19,7 @@ from mimetic.engine.errors import SettingError
 from mimetic.report.follow import Followed, number, one_line
 from mimetic.report.wording import duration, percent, plain, short
 
-STATES = {"running": ("●", "green"), "finished": ("✔", "green"), "stopping": ("■", "yellow"), "stopped": ("■", "red"),
+STATES = {"running": ("●", "green"), "finished": ("✔", "green"), "stopped": ("■", "red"),
           "quiet": ("●", "yellow"), "unknown": ("●", "")}  # fmt: skip
 COLOURS = ("cyan", "green", "yellow", "magenta", "blue")
 HELD_OUT, PUBLISHED = "●", "◆"

@@ -18,7 +18,6 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
 from oracles import masked_beit, perturb_, transformers_weights, worst
 from safetensors.torch import load_file
 from tinyruns import (
@@ -41,10 +40,10 @@ from torch import Tensor, nn
 from mimetic.backbones.catalog import create_backbone
 from mimetic.backbones.files import load_backbone, transfer
 from mimetic.data.views import Normalize
-from mimetic.engine.checkpoints import newest, save, verify
+from mimetic.engine.checkpoints import Keeper, newest, verify
 from mimetic.engine.config import OptimSettings
 from mimetic.engine.errors import CheckpointError, SettingError
-from mimetic.engine.optim import adamw, learning_rate, parameter_groups, set_learning_rate
+from mimetic.engine.optim import adamw, learning_rate, parameter_groups, set_rates
 from mimetic.engine.run import _lock
 from mimetic.export.backbone import export_backbone
 from mimetic.finetune.objectives import Distill, Mixing, Supervised, _Between
@@ -260,7 +259,7 @@ def test_learning_rate_over_the_training():
         assert learning_rate(settings, progress) == pytest.approx(rate), progress
     assert learning_rate(OptimSettings(lr=1.0, warmup=0.0), 0) == 1.0
     optimizer = adamw(mim(), OptimSettings(lr=1.0, layer_decay=0.5))
-    set_learning_rate(optimizer, 0.3)
+    set_rates(optimizer, 0.3, 0.0)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == pytest.approx([0.3 * 0.5**i for i in (3, 2, 1, 0)])
 
 
@@ -281,7 +280,7 @@ def test_what_a_run_leaves_behind(pretrained):
     names = {path.name for path in pretrained.iterdir()}
     assert {"config.yaml", "metrics.jsonl", "records.jsonl", "tensorboard", "samples", "checkpoints", "backbone"} <= names
     assert [line["step"] for line in lines(pretrained) if "loss" in line] == list(range(1, 21))
-    assert sorted(path.name for path in (pretrained / "checkpoints").iterdir()) == ["last", "step-00000018", "step-00000020"]
+    assert sorted(path.name for path in (pretrained / "checkpoints").iterdir()) == ["best", "last", "step-00000018", "step-00000020"]
     assert (pretrained / "checkpoints/last").resolve().name == "step-00000020"
     records = lines(pretrained, "records.jsonl")
     assert {(record["step"], record["samples"], record["count"], record["kind"]) for record in records} == {(20, 320, 70, "pretrain")}
@@ -341,7 +340,7 @@ def killed(world, tmp_path_factory) -> tuple[Path, list[str]]:
 def test_a_killed_run_goes_on_to_the_same_bits(killed, uninterrupted, tmp_path):
     out, command = killed
     untouched = shutil.copytree(out, tmp_path / "killed", symlinks=True)
-    step = int(newest(out / "checkpoints").name.removeprefix("step-"))
+    step = newest(out / "checkpoints")[1]["step"]
     assert step % (200 // 16), "the interruption must lie within an epoch"
     done = finish(start(*command))
     assert done.returncode == 0, done.stderr
@@ -353,23 +352,24 @@ def test_a_killed_run_goes_on_to_the_same_bits(killed, uninterrupted, tmp_path):
     half = checkpoints / f".step-{step + 5:08d}"
     half.mkdir(exist_ok=True)
     (half / "model.safetensors").write_bytes(b"half")
-    flip_byte(checkpoints / f"step-{step:08d}" / "optimizer.bin")
+    flip_byte(checkpoints / f"step-{step:08d}" / "optimizer.safetensors")
     command[command.index("--out") + 1] = str(untouched)
     with contextlib.redirect_stdout(io.StringIO()) as said:
         run_here("beit", command[2:])
     assert said.getvalue().count("passing over a damaged checkpoint: ") == 1
-    assert f"step-{step:08d}/optimizer.bin is missing or differs from what was written" in said.getvalue()
+    assert f"step-{step:08d}/optimizer.safetensors is missing or differs from what was written" in said.getvalue()
     assert f"going on after step {step - 5}\n" in said.getvalue()
     same_end(untouched, uninterrupted)
 
 
 def test_a_checkpoint_just_written_is_never_dropped_for_a_later_one_that_is_damaged(tmp_path):
     (tmp_path / "step-00000050").mkdir()
-    accelerator = Accelerator(cpu=True)
+    keeper = Keeper(tmp_path, keep=2)
     for step in (44, 45, 46):
-        save(accelerator, tmp_path, step, {"step": step}, keep=2)
+        keeper.save(step, {"model.safetensors": {"weight": torch.ones(3)}}, {"step": step})
+        keeper.wait()
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000045", "step-00000046", "step-00000050"]
-    assert newest(tmp_path, tell=False).name == (tmp_path / "last").readlink().name == "step-00000046"
+    assert newest(tmp_path, tell=False)[0].name == (tmp_path / "last").readlink().name == "step-00000046"
     assert verify(tmp_path / "last") == {"step": 46}
 
 

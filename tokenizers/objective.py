@@ -20,14 +20,17 @@ SHOWN = 12
 class DVAEObjective(Objective):
     """The relaxed evidence bound; the temperature falls exponentially over four fifths, the KL's weight rises over the first half.
 
-    Dead codes are restarted every `restart_every` steps of the first three quarters: the last codes need time to settle.
+    Dead codes are restarted after every `restart_every` steps of the first three quarters: the last codes need time to settle.
     """
+
+    moves_weights = True
 
     def __init__(self, dvae: DVAE, temperature: float, final_temperature: float, kl_weight: float, restart_every: int) -> None:
         super().__init__()
         self.dvae = dvae
         self.temperatures, self.kl_weight, self.restart_every = (temperature, final_temperature), kl_weight, restart_every
         self._temperature, self._kl_weight, self._restart_seed = temperature, 0.0, 0
+        self._seen: torch.Tensor | None = None  # images that dead codes are restarted from
 
     def begin_step(self, step: int, steps: int) -> None:
         """Anneals by the share of steps done."""
@@ -41,10 +44,16 @@ class DVAEObjective(Objective):
         """`image` uint8 (B, C, H, W), `valid` bool (B,)."""
         image_BCHW = only_valid(batch).float() / 255
         if self.training and self._restart_seed:
-            self.dvae.restart_dead_codes(image_BCHW, self._restart_seed)
-            self._restart_seed = 0
+            self._seen = image_BCHW
         loss, metrics = self.dvae.loss(image_BCHW, self._temperature, self._kl_weight)
         return StepOutput(loss, metrics)
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Restarts dead codes when it is time to."""
+        if self._seen is not None:
+            self.dvae.restart_dead_codes(self._seen, self._restart_seed)
+            self._seen = None
 
     @torch.no_grad()
     def pictures(self, batch: Mapping[str, Any]) -> np.ndarray:

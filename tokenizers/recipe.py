@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mimetic.engine import ranges
-from mimetic.engine.config import DataSettings, Expected, OptimSettings, TrainSettings
+from mimetic.engine.config import DataSettings, Expected, GuardSettings, OptimSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class DvaeRecipe:
     dvae: DvaeSettings = DvaeSettings()
     views: TokenizerViewSettings = TokenizerViewSettings()
     evaluate_on: str | None = None
+    guard: GuardSettings = GuardSettings()
     seed: int = 0
     expected: Expected = Expected()
 

@@ -1,10 +1,19 @@
 """Trains a dVAE tokenizer: `accelerate launch tokenizers/train_dvae.py --config launch/recipes/... --out runs/tokenizer`."""
 
+from typing import TYPE_CHECKING
+
 from mimetic.engine.config import Invocation, parse
 from mimetic.engine.errors import SettingError
 from mimetic.engine.run import Run
 from mimetic.engine.runtime import run_entry, same_on_all_ranks, start
 from mimetic.tokenizers.recipe import DvaeRecipe
+
+if TYPE_CHECKING:
+    import torch
+
+    from mimetic.data.index import Index
+    from mimetic.data.mixture import Mixture
+    from mimetic.tokenizers.objective import DVAEObjective
 
 EXAMPLE = "accelerate launch tokenizers/train_dvae.py --config launch/recipes/demo_tokenizer.yaml --out runs/tokenizer"
 
@@ -18,55 +27,67 @@ def main() -> None:
     train_dvae(invocation)
 
 
+def build(recipe: DvaeRecipe, index: "Index | Mixture", device: "torch.device") -> "DVAEObjective":
+    """The objective, its codes not yet seeded from images.
+
+    Raises:
+        SettingError: the images are no whole number of cells.
+    """
+    import torch
+
+    from mimetic.tokenizers.dvae import DVAE
+    from mimetic.tokenizers.objective import DVAEObjective
+
+    settings, side = recipe.dvae, recipe.views.image_size
+    if side % settings.stride:
+        raise SettingError(f"views.image_size {side} is no multiple of dvae.stride {settings.stride}; use "
+                           f"{max(1, side // settings.stride) * settings.stride}")  # fmt: skip
+    torch.manual_seed(recipe.seed)
+    dvae = DVAE(settings.vocab_size, settings.stride, index.channels, settings.width, settings.code_width, settings.depth).to(device)
+    return DVAEObjective(dvae, settings.temperature, settings.final_temperature, settings.kl_weight, settings.restart_every)
+
+
 def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     """Builds the parts, trains, measures on held-out images, and leaves the tokenizer in `RUN/tokenizer`."""
     recipe = invocation.recipe
     accelerator = start(recipe.train, recipe.optim, recipe.data.batch_size)
-
-    import torch
 
     from mimetic.data.opening import open_data, open_held_out
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, ClassifyViews
     from mimetic.engine.checkpoints import newest
     from mimetic.engine.loop import Evaluation, train
-    from mimetic.tokenizers.dvae import DVAE
     from mimetic.tokenizers.files import save_tokenizer
-    from mimetic.tokenizers.objective import DVAEObjective, evaluate_tokenizer, only_valid
+    from mimetic.tokenizers.objective import evaluate_tokenizer, only_valid
 
-    torch.manual_seed(recipe.seed)
     index = open_data(recipe.data)
     held_out = open_held_out(recipe.evaluate_on, index) if recipe.evaluate_on else index
     settings, views = recipe.dvae, recipe.views
-    if views.image_size % settings.stride:
-        raise SettingError(f"views.image_size {views.image_size} is no multiple of dvae.stride {settings.stride}; use "
-                           f"{max(1, views.image_size // settings.stride) * settings.stride}")  # fmt: skip
+    objective = build(recipe, index, accelerator.device)
+    dvae = objective.dvae
     ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
     augment = ClassifyViews(views.image_size, Augmentation((views.crop_low, 1.0), flip=views.flip))
-    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=augment, **ranks, **recipe.data.shuffling)
-    dvae = DVAE(settings.vocab_size, settings.stride, index.channels, settings.width, settings.code_width, settings.depth)
-    dvae.to(accelerator.device)
+    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=augment,
+                         accumulate=recipe.train.accumulate, **ranks, **recipe.data.shuffling)  # fmt: skip
     if newest(invocation.out / "checkpoints", tell=False) is None:  # the same images on every rank and world
         first = ShardStream(index, min(settings.seed_images, len(index)), seed=recipe.seed, transform=augment, **recipe.data.shuffling)
         dvae.seed_codebook(only_valid(next(first.run(1))).to(accelerator.device).float() / 255, recipe.seed)
         same_on_all_ranks(dvae.state_dict().values())  # sums on a GPU differ in their last bits, and k-means amplifies that
-    objective = DVAEObjective(
-        dvae, settings.temperature, settings.final_temperature, settings.kl_weight, settings.restart_every
-    )  # fmt: skip
 
     whole = ClassifyViews(views.image_size, None)
 
     evaluation = Evaluation(
         lambda: ShardStream(held_out, 2 * recipe.data.batch_size, shuffle=False, transform=whole, **ranks),
         lambda batches: evaluate_tokenizer(dvae, batches, accelerator.device),
+        best="reconstruction_psnr",
     )
 
     size = sum(p.numel() for p in dvae.parameters()) / 1e6
     title = f"dVAE tokenizer of {settings.vocab_size} codes, stride {settings.stride} ({size:.1f} M parameters), without labels"
-    train(objective, stream, invocation=invocation, kind="tokenizer", accelerator=accelerator, title=title,
-          evaluation=evaluation if recipe.evaluate_on else None,
-          shown=next(ShardStream(held_out, 16, shuffle=False, transform=whole).run(1)))  # fmt: skip
-    if accelerator.is_main_process:
+    trained = train(objective, stream, invocation=invocation, kind="tokenizer", accelerator=accelerator, title=title,
+                    evaluation=evaluation if recipe.evaluate_on else None,
+                    shown=next(ShardStream(held_out, 16, shuffle=False, transform=whole).run(1)))  # fmt: skip
+    if trained and accelerator.is_main_process:
         save_tokenizer(dvae, invocation.out / "tokenizer")
         Run(invocation, "tokenizer").finish()
         print(f"tokenizer in {invocation.out}/tokenizer\nnext: pretrain with it, pretrain/beit.py --tokenizer.path {invocation.out} "

@@ -70,7 +70,7 @@ def killed(launcher: str, run: Path, arguments: list[str], first: int, last: int
     wait_until(lambda: not members(process), 20)
     assert not (run / "finished.json").exists(), "it ended before it could be killed"
     print(f"seed {seed}: killed {moment * 1e3:.0f} ms after step {step} was logged; {len(losses(run))} losses are on the disk")
-    return int(newest(run / "checkpoints").name.removeprefix("step-"))
+    return newest(run / "checkpoints")[1]["step"]
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
