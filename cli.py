@@ -10,7 +10,7 @@ from mimetic.engine.config import did_you_mean
 from mimetic.engine.errors import SettingError
 from mimetic.engine.runtime import run_entry
 
-COMMANDS = ("demo", "pack", "index", "check", "export", "compare", "models", "attention", "replay")
+COMMANDS = ("demo", "pack", "index", "check", "watch", "export", "compare", "models", "attention", "replay")
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,6 +56,12 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("path", metavar="SHARDS", help="an index.json, its folder, or the address of either")
     check.add_argument("--out", type=Path, metavar="FILE", help="write all faults there: shard, key, reason")
     _add_workers(check)
+
+    watch = commands.add_parser("watch", help="a run in the terminal, while it goes on: speed, time left, curves, events",
+                                epilog="example: mimetic watch runs/beit")  # fmt: skip
+    watch.add_argument("run", metavar="RUN", help="a run folder, or the address of one")
+    watch.add_argument("--once", action="store_true", help="print it once, as is done where the output is no terminal")
+    watch.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="between looks (default: %(default)s)")
 
     export = commands.add_parser("export", help="the backbone of a finished run, checked as it is written",
                                  epilog="example: mimetic export runs/beit exported/beit --to timm")  # fmt: skip
@@ -122,6 +128,10 @@ def dispatch() -> None:
             "pack": telling.pack_and_tell, "index": telling.index_and_tell, "check": telling.check_and_tell,
         }  # fmt: skip
         tell[options.pop("command")](**options)
+    elif arguments.command == "watch":
+        from mimetic.report.watch import watch
+
+        watch(arguments.run, arguments.once, arguments.every)
     elif arguments.command == "export":
         from mimetic.export.backbone import export_backbone
 

@@ -210,6 +210,21 @@ class BackboneSettings:
 
 
 @dataclass(frozen=True)
+class Expected:
+    """What others published for this very setting. It changes no number; `mimetic watch` puts it beside the run.
+
+    Args:
+        source: Where it was published, and what was different there.
+        loss: Training loss by images seen: {IMAGES: LOSS, ...}.
+        masked_accuracy: The same of masked accuracy, in [0, 1].
+    """
+
+    source: str = ""
+    loss: dict[int, float] = dataclasses.field(default_factory=dict)
+    masked_accuracy: dict[int, float] = dataclasses.field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Invocation(Generic[R]):
     """One start of an entry script: the recipe, and where the run goes.
 

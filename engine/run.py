@@ -20,7 +20,8 @@ from mimetic.engine.errors import CheckpointError, LaunchError, SettingError, di
 
 # Settings that change no number of a training in which all goes well: a checkpoint may be continued under others.
 HARMLESS = ("data.workers", "data.max_bad", "data.cache", "data.cache_gb", "train.log_every", "train.checkpoint_every", "train.keep",
-            "train.picture_every", "train.evaluate_every", "guard.bad_step", "guard.max_skips", "guard.max_rewinds")  # fmt: skip
+            "train.picture_every", "train.evaluate_every", "guard.bad_step", "guard.max_skips", "guard.max_rewinds",
+            "expected.source", "expected.loss", "expected.masked_accuracy")  # fmt: skip
 STEP = ("data.batch_size", "train.accumulate")  # may change with the number of processes, as long as a step has as many images
 # Settings that name a folder, and the file in it that tells whether its content is still the same.
 INPUTS = ("data.index", "evaluate_on", "evaluation.index", "tokenizer.path", "init.path", "distill.teacher")
@@ -196,7 +197,8 @@ class Run:
         if before != now and not set(STEP) & set(allow):
             raise CheckpointError(f"{checkpoint} had {before} images a step ({was}), this run has {now} ({it_is}); "
                                   f"{_cure(before, ours, world)}")  # fmt: skip
-        names = [name for name in theirs | ours if theirs.get(name) != ours.get(name) and name not in (*HARMLESS, *STEP, *allow)]
+        names = [name for name in theirs | ours if theirs.get(name) != ours.get(name) and not is_harmless(name)
+                 and name not in (*STEP, *allow)]  # fmt: skip
         if names:
             told = "; ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in names)
             allowing = " ".join(f"--allow {name}" for name in names)
@@ -245,6 +247,11 @@ class Run:
             return
         if foreign := sorted(name for name in found if name not in BEGUN and not name.startswith(".")):
             raise SettingError(f"--out {self.folder} holds {foreign[0]} and is no run; give a new folder, so that nothing is overwritten")
+
+
+def is_harmless(name: str) -> bool:
+    """Whether a dotted setting, or an entry of one, changes no number of the training."""
+    return name in HARMLESS or name.startswith(tuple(f"{setting}." for setting in HARMLESS))
 
 
 def _images_a_step(settings: dict[str, Any], world: int) -> tuple[int, str]:
@@ -310,7 +317,7 @@ def git_revision() -> str:
 
 
 def _fixed(recipe: Any) -> str:
-    fixed = {name: value for name, value in flatten(recipe_dict(recipe)).items() if name not in HARMLESS}
+    fixed = {name: value for name, value in flatten(recipe_dict(recipe)).items() if not is_harmless(name)}
     return json.dumps(fixed, sort_keys=True)
 
 

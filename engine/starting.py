@@ -13,7 +13,7 @@ from mimetic.engine.errors import CheckpointError
 from mimetic.engine.meeting import agree, versions
 from mimetic.engine.objective import Objective
 from mimetic.engine.progress import Plan, Stream, count, size
-from mimetic.engine.run import HARMLESS, Run
+from mimetic.engine.run import Run, is_harmless
 from mimetic.engine.runtime import engine_name
 from mimetic.engine.survey import Survey, matrix_rate, state_bytes, survey
 
@@ -55,7 +55,7 @@ def look_ahead(accelerator: "Accelerator", objective: Objective, stream: Stream,
         CheckpointError: no checkpoint that this recipe could go on from.
     """
     recipe, engine = invocation.recipe, engine_name(accelerator)
-    settings = {name: value for name, value in flatten(recipe_dict(recipe)).items() if name not in HARMLESS}
+    settings = {name: value for name, value in flatten(recipe_dict(recipe)).items() if not is_harmless(name)}
     agree(settings, "their recipes", "start all of them with the same command")
     agree(versions(), "their code", "install the same on all machines")
     agree({"fingerprint": stream.state_dict().get("fingerprint")} | run.inputs, "their data", "give all machines the same index and files")

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mimetic.backbones import catalog
 from mimetic.engine import ranges
-from mimetic.engine.config import BackboneSettings, DataSettings, GuardSettings, OptimSettings, TrainSettings
+from mimetic.engine.config import BackboneSettings, DataSettings, Expected, GuardSettings, OptimSettings, TrainSettings
 from mimetic.engine.errors import SettingError
 
 RESIDUAL_CNN = "residual_cnn"  # the one model that is no backbone: a teacher
@@ -106,6 +106,7 @@ class ClassifyRecipe:
     Args:
         arm: What this run is called in comparisons.
         seed: Of everything that is random but the draw of labels.
+        expected: What others published for this very setting; changes no number.
     """
 
     data: DataSettings
@@ -120,6 +121,7 @@ class ClassifyRecipe:
     arm: str = "supervised"
     guard: GuardSettings = GuardSettings()
     seed: int = 0
+    expected: Expected = Expected()
 
     def __post_init__(self) -> None:
         if self.init.path and self.distill.teacher:

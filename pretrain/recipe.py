@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from mimetic.backbones import catalog
 from mimetic.engine import ranges
-from mimetic.engine.config import BackboneSettings, DataSettings, GuardSettings, OptimSettings, TrainSettings
+from mimetic.engine.config import BackboneSettings, DataSettings, Expected, GuardSettings, OptimSettings, TrainSettings
 from mimetic.engine.errors import SettingError
 
 
@@ -83,6 +83,7 @@ class BeitRecipe:
     Args:
         seed: Of everything that is random.
         evaluate_on: An index of held-out images; masked accuracy is measured there.
+        expected: What others published for this very setting; changes no number.
     """
 
     data: DataSettings
@@ -95,6 +96,7 @@ class BeitRecipe:
     evaluate_on: str | None = None
     guard: GuardSettings = GuardSettings()
     seed: int = 0
+    expected: Expected = Expected()
 
     def __post_init__(self) -> None:
         ranges.require(self, seed=ranges.SEED)

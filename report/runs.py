@@ -13,7 +13,7 @@ import yaml
 
 from mimetic.engine.config import flatten
 from mimetic.engine.errors import CheckpointError, DataError, SettingError
-from mimetic.engine.run import HARMLESS, Record, read_lines
+from mimetic.engine.run import Record, is_harmless, read_lines
 
 NUMBER = int | float
 # What the page reads of a record and of its details, and what it must be.
@@ -71,7 +71,7 @@ class RunFolder:
     @property
     def terms(self) -> str:
         """What runs must have in common for their mean to mean something: the recipe, but for seeds and what changes no number."""
-        settings = {name: value for name, value in flatten(self.config).items() if name not in (*SEEDS, *HARMLESS)}
+        settings = {name: value for name, value in flatten(self.config).items() if name not in SEEDS and not is_harmless(name)}
         origins = {name: bool(settings.get(name)) for name in ORIGINS}
         indices = {name: str(Path(str(settings[name])).resolve()) for name in INDICES if settings.get(name)}
         return json.dumps(settings | origins | indices, sort_keys=True, default=str)
@@ -173,7 +173,7 @@ def _finished(folder: Path, config: dict[str, Any]) -> bool:
         marked = json.loads(json.loads((folder / "finished.json").read_text())["recipe"])
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return marked == {name: value for name, value in flatten(config).items() if name not in HARMLESS}
+    return marked == {name: value for name, value in flatten(config).items() if not is_harmless(name)}
 
 
 def _recipe_hash(config: dict[str, Any]) -> str:

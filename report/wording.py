@@ -34,3 +34,20 @@ def plain(metric: str) -> str:
 def slug(name: str) -> str:
     """A file name: letters, digits and single hyphens."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")[:60] or "run"
+
+
+def short(number: float) -> str:
+    """ "9,600"; "384 M" from ten thousand on."""
+    for least, unit, suffix in ((1e12, 1e12, "T"), (1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if math.isfinite(number) and abs(number) >= least:
+            return f"{number / unit:.4g} {suffix}"
+    return f"{number:,.0f}" if number == number // 1 or abs(number) >= 100 else f"{number:.3g}"
+
+
+def duration(number: float) -> str:
+    """ "3 min 20 s"; the two largest units."""
+    rest, words = round(number), []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        count, rest = divmod(rest, size)
+        words += [f"{count} {unit}"] if count else []
+    return " ".join(words[:2]) or "0 s"

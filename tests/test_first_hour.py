@@ -258,6 +258,8 @@ def test_pixels_that_differ_in_size_are_refused(entry, world, tmp_path):
         (["export", "{out}/nowhere", "{out}/exported"], r"nowhere: no backbone there .*give a finished run or an exported folder"),
         (["export", "{lands}/flat", "{out}/exported", "--to", "tim"], r"invalid choice: 'tim'.*see mimetic export --help"),
         (["compare", "{out}/nowhere", "--out", "{out}/report"], r"nowhere"),
+        (["watch", "{out}/nowhere"], r"nowhere holds no metrics\.jsonl; give a run folder"),
+        (["watch", "{lands}/flat", "--every", "0"], r"--every is 0; it must be above 0"),
         (["compare", "--out", "{out}/report"], r"required: RUN; see mimetic compare --help"),
         (["demo", "--budget", "tiny"], r"invalid choice: 'tiny'"),
     ],
@@ -367,7 +369,8 @@ def test_another_recipe_in_a_used_folder_is_refused_and_harmless_changes_are_not
     line = entry.refused("beit", *beit_arguments(world, pretrained, train__steps=4, overrides={"drop_path_rate": 0.1}))
     assert "backbone.overrides.drop_path_rate None there, 0.1 here" in line
     assert {path: path.read_bytes() for path in sorted(pretrained.rglob("*")) if path.is_file()} == before
-    code, out, _ = entry("beit", *beit_arguments(world, pretrained, train__steps=4, data__workers=1, train__log_every=2))
+    harmless = {"data__workers": 1, "train__log_every": 2, "expected__source": "a paper", "expected__loss": {"64": 2.5}}
+    code, out, _ = entry("beit", *beit_arguments(world, pretrained, train__steps=4, **harmless))
     assert code == 0
     assert "is finished" in out
 

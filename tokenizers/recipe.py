@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mimetic.engine import ranges
-from mimetic.engine.config import DataSettings, GuardSettings, OptimSettings, TrainSettings
+from mimetic.engine.config import DataSettings, Expected, GuardSettings, OptimSettings, TrainSettings
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class DvaeRecipe:
     Args:
         seed: Of everything that is random.
         evaluate_on: An index of held-out images; code usage and reconstructions are measured there.
+        expected: What others published for this very setting; changes no number.
     """
 
     data: DataSettings
@@ -75,6 +76,7 @@ class DvaeRecipe:
     evaluate_on: str | None = None
     guard: GuardSettings = GuardSettings()
     seed: int = 0
+    expected: Expected = Expected()
 
     def __post_init__(self) -> None:
         ranges.require(self, seed=ranges.SEED)
