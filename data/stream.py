@@ -187,10 +187,11 @@ def _stacked(images: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
 
 
 def _start_worker(_: int) -> None:
-    """One thread, and no words of its own when the run is interrupted: the first process speaks and ends the workers."""
+    """One thread, and deaf to what asks the training to stop, which may be sent to all processes: its step still needs batches."""
     torch.set_num_threads(1)
     silence_pillow()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
     sys.excepthook = _unless_left
 
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from mimetic.engine.objective import Objective
 
+GRACE = 0.3  # seconds in which the first process comes out of the collective that they all were in
 PATIENCE = 5  # seconds in which a launcher notices that a process has ended, and ends the others
 
 
@@ -81,8 +82,8 @@ def _leave(line: str, code: int, together: bool = False) -> None:
     rank = int(os.environ.get("RANK", 0))
     SIGNALS.deaf()  # the launcher may be ending this process already
     sys.stdout.flush()
-    if rank and not together:
-        time.sleep(PATIENCE)
+    if rank:
+        time.sleep(GRACE if together else PATIENCE)
     if not (rank and together):
         print(f"mimetic: {line}", file=sys.stderr, flush=True)
     if "RANK" in os.environ:

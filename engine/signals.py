@@ -44,10 +44,10 @@ class Signals:
                     signal.signal(number, self._hear)
 
     def deaf(self) -> None:
-        """The process is leaving already."""
+        """The process is leaving already. The first one still has something to say; the others a launcher may end at any moment."""
         if threading.current_thread() is threading.main_thread():
             for number in HEEDED:
-                signal.signal(number, signal.SIG_IGN)
+                signal.signal(number, signal.SIG_IGN if os.environ.get("RANK", "0") == "0" else signal.SIG_DFL)
 
     def stopped(self, told: str) -> Stopped:
         """What to raise."""
