@@ -63,9 +63,9 @@ def parser() -> argparse.ArgumentParser:
     watch.add_argument("--once", action="store_true", help="print it once, as is done where the output is no terminal")
     watch.add_argument("--every", type=float, default=5.0, metavar="SECONDS", help="between looks (default: %(default)s)")
 
-    export = commands.add_parser("export", help="the backbone of a finished run, checked as it is written",
+    export = commands.add_parser("export", help="the backbone of a run or of a checkpoint, checked as it is written",
                                  epilog="example: mimetic export runs/beit exported/beit --to timm")  # fmt: skip
-    export.add_argument("run", type=Path, metavar="RUN", help="a finished run")
+    export.add_argument("run", type=Path, metavar="RUN", help="a run, finished or not, or one of its checkpoints")
     export.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
     export.add_argument("--to", choices=("safetensors", "timm"), default="safetensors",
                         help="both write timm's schema; timm also opens it there and compares (default: %(default)s)")  # fmt: skip

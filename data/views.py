@@ -171,6 +171,10 @@ class Normalize(nn.Module):
         self.register_buffer("mean_C11", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std_C11", torch.tensor(std)[:, None, None], persistent=False)
 
+    def describe(self) -> dict[str, list[float]]:
+        """Mean and deviation per channel, in [0, 1]."""
+        return {"mean": self.mean_C11.flatten().tolist(), "std": self.std_C11.flatten().tolist()}
+
     def for_channels(self, channels: int) -> "Normalize":
         """Itself, once it is sure that images of so many channels fit.
 

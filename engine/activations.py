@@ -14,7 +14,7 @@ class ActivationScale:
     """The largest root mean square of what any module puts out: what grows before numbers break.
 
     Attributes:
-        largest: of the last step that was listened to, on the device; None before.
+        largest: of the last micro-batch that was listened to, on the device of this process; None before.
     """
 
     def __init__(self, objective: Objective) -> None:
@@ -23,7 +23,7 @@ class ActivationScale:
 
     @contextmanager
     def listening(self, now: bool) -> Iterator[None]:
-        """Around the forwards of a step; where not `now`, nothing is measured."""
+        """Around a forward; where not `now`, nothing is measured."""
         if not now:
             yield
             return

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mimetic.engine import checkpoints
+from mimetic.engine.activations import ActivationScale
 from mimetic.engine.capsules import Taken, write_capsule
 from mimetic.engine.config import Invocation, recipe_dict
 from mimetic.engine.errors import CheckpointError, DataError, MimeticError
@@ -96,6 +97,7 @@ class _Loop:
         self.device = accelerator.device
         self.guard = Guard(recipe.guard, self.device, lag=1 if self.device.type == "cuda" else 0)
         self.keeper = checkpoints.Keeper(run.folder / "checkpoints", recipe.train.keep)
+        self.scale = ActivationScale(objective)
         self.taken: list[Taken] = []  # steps whose verdict is not known yet
         self.went_back_to: int | None = None
         self.asked = self.save_soon = False
@@ -165,11 +167,11 @@ class _Loop:
         reseed(self.recipe.seed, number, self.accelerator.process_index)
         self.objective.begin_step(number, self.plan.steps)
         taken = Taken(number)
-        outputs = []
+        outputs, listening = [], self.plan.logs(number + 1) and not train.compile  # hooks would have it compiled anew
         for micro in range(train.accumulate):
             batch = self.next_batch(batches, meter)
             last = micro + 1 == train.accumulate
-            with self.sharing.micro_batch(last):
+            with self.sharing.micro_batch(last), self.scale.listening(listening):
                 outputs.append(self.sharing.model(batch))
                 self.sharing.backward(outputs[-1].loss, last)
             taken.add(batch, outputs[-1].loss.detach())
@@ -289,6 +291,7 @@ class _Loop:
             "step": self.step, "seconds": self.seconds, "bad": self.bad, "skips": self.skips, "rewinds": self.rewinds,
             "norms": self.guard.state(), "stream": self.stream.state_dict(), "recipe": recipe_dict(self.recipe), "inputs": self.run.inputs,
             "world": self.accelerator.num_processes, "engine": engine_name(self.accelerator), "versions": versions(),
+            "model": self.objective.describe(),
         }  # fmt: skip
         self.save_soon = False
         if main:
@@ -334,6 +337,8 @@ class _Loop:
             "matrix_share": macs / self.accelerator.num_processes / self.work.matrix_rate,
             "data_wait": meter.waiting / elapsed, "samples": self.step * self.plan.samples_per_step, "seconds": self.seconds,
         }  # fmt: skip
+        if self.scale.largest is not None:
+            values["activation_rms"] = float(self.scale.largest)
         values |= {name: number for name, number in
                    (("bad_samples", self.bad), ("skipped_steps", self.skips), ("rewinds", self.rewinds)) if number}  # fmt: skip
         self.run.metrics(self.step, values)

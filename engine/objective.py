@@ -44,6 +44,10 @@ class Objective(nn.Module):
         """uint8 (H, W, 3) picture of what is being learned from this batch, or None."""
         return None
 
+    def describe(self) -> dict[str, Any]:
+        """Plain values that checkpoints keep, so that a backbone can be taken from them without data; empty where there is none."""
+        return {}
+
     def begin_step(self, step: int, steps: int) -> None:
         """Told before each step how many of all steps are done: for annealing."""
 

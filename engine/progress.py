@@ -10,6 +10,7 @@ import torch
 from mimetic.engine.errors import SettingError
 from mimetic.engine.objective import StepOutput
 from mimetic.engine.runtime import add_up
+from mimetic.engine.words import count, duration
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -139,24 +140,3 @@ class Clock:
         print(f"step {step}/{steps}  {learned}  {values['images_per_second']:.0f} images/s  {count(values['macs_per_second'])}MAC/s "
               f"({values['matrix_share']:.0%} of the matrix rate)  data wait {values['data_wait']:.0%}  {duration(left)} left",
               flush=True)  # fmt: skip
-
-
-def duration(seconds: float) -> str:
-    """`3 min 20 s`, as a person says it."""
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes < 1:
-        return f"{rest} s"
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def count(number: float) -> str:
-    """`1.7 G`, `310 M`: three digits and a prefix."""
-    for power, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= power:
-            return f"{number / power:.3g} {prefix}"
-    return f"{number:.3g} "
-
-
-def size(bytes_: float) -> str:
-    """`1.2 GiB`, `310 MiB`."""
-    return f"{bytes_ / 2**30:.1f} GiB" if bytes_ >= 2**30 else f"{bytes_ / 2**20:.0f} MiB"

@@ -12,10 +12,11 @@ from mimetic.engine.config import Invocation, flatten, recipe_dict
 from mimetic.engine.errors import CheckpointError
 from mimetic.engine.meeting import agree, versions
 from mimetic.engine.objective import Objective
-from mimetic.engine.progress import Plan, Stream, count, size
+from mimetic.engine.progress import Plan, Stream
 from mimetic.engine.run import Run, is_harmless
 from mimetic.engine.runtime import engine_name
 from mimetic.engine.survey import Survey, matrix_rate, state_bytes, survey
+from mimetic.engine.words import count, memory
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -81,7 +82,7 @@ def announce(accelerator: "Accelerator", title: str, invocation: Invocation[Any]
           f"{recipe.train.accumulate} (data.batch_size x processes x train.accumulate); "
           f"learning rate {recipe.optim.lr:g}, {recipe.optim.lr * 256 / per_step:.3g} per 256 images")  # fmt: skip
     kept = start.work.saved_bytes * recipe.data.batch_size
-    print(f"memory of a process, estimated: {size(start.state_bytes)} for weights, gradients and optimizer, {size(kept)} for "
+    print(f"memory of a process, estimated: {memory(start.state_bytes)} for weights, gradients and optimizer, {memory(kept)} for "
           f"{recipe.data.batch_size} images; work: {count(start.work.macs)}MAC an image forward and backward, on a machine of "
           f"{count(start.matrix_rate)}MAC/s a process")  # fmt: skip
     going_on = f"; going on after step {start.step}" if start.step else ""

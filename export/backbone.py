@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mimetic.backbones.catalog import ADAPTED
+from mimetic.backbones.catalog import ADAPTED, create_backbone
 from mimetic.backbones.contract import Backbone
-from mimetic.backbones.files import FILES, backbone_folder, copy_backbone, load_backbone
+from mimetic.backbones.files import FILES, backbone_folder, copy_backbone, load_backbone, save_backbone
+from mimetic.engine.checkpoints import MANIFEST, newest, read, verify
 from mimetic.engine.errors import CheckpointError, SettingError
 
 TOLERANCE = 1e-4
@@ -30,26 +31,25 @@ features = model.forward_features(torch.rand(1, {channels}, {height}, {width}))
 
 
 def export_backbone(run: Path, out: Path, to: str) -> None:
-    """Copies the backbone of `run` to `out`, opens it there as a stranger would, compares, and prints how to open it.
+    """Writes the backbone of `run` to `out`, opens it there as a stranger would, compares, and prints how to open it.
 
     The printed lines have just been run, in a process of their own, on the very folder.
 
     Args:
+        run: a finished run, one that is not (its newest checkpoint), a checkpoint, or an exported folder.
         to: "safetensors" opens it with this program; "timm" also with timm, strictly.
 
     Raises:
         CheckpointError: nothing to export, or what was read back differs from what was trained.
         SettingError: `out` exists and is no exported backbone; timm is asked for but not installed.
     """
-    folder, out = backbone_folder(run), out.resolve() if out.is_symlink() else out
+    out = out.resolve() if out.is_symlink() else out
     _refuse_foreign(out)
     if to == "timm" and importlib.util.find_spec("timm") is None:
         raise SettingError("--to timm opens the folder with timm to check it; pip install timm, or use --to safetensors")
-    trained = load_backbone(folder)
-    print(f"exporting {trained.config['name']} of {run} to {out} in timm's schema", flush=True)
     unchecked = out.with_name(f".{out.name}.unchecked")
     try:
-        copy_backbone(folder, unchecked)
+        trained = _write(run, out, unchecked)
         snippet = _checked(trained, unchecked, out, to)
         shutil.rmtree(out, ignore_errors=True)
         unchecked.rename(out)
@@ -57,6 +57,46 @@ def export_backbone(run: Path, out: Path, to: str) -> None:
         shutil.rmtree(unchecked, ignore_errors=True)
     _run_snippet(snippet)
     print(f"exported and checked: {out} gives the same features\nopen it with:\n\n{snippet}")
+
+
+def _write(run: Path, out: Path, unchecked: Path) -> Backbone:
+    """Writes what the run has of a backbone, and returns it as it was trained: the finished one, or that of a checkpoint."""
+    saved = _checkpoint_of(run)
+    if saved is None:
+        folder = backbone_folder(run)
+        trained = load_backbone(folder)
+        print(f"exporting {trained.config['name']} of {run} to {out} in timm's schema", flush=True)
+        copy_backbone(folder, unchecked)
+        return trained
+    path, state = saved
+    trained = _from_checkpoint(path, state)
+    print(f"exporting {trained.config['name']} after step {state['step']:,} ({path}) to {out} in timm's schema", flush=True)
+    save_backbone(trained, unchecked, mean=state["model"]["mean"], std=state["model"]["std"])
+    return trained
+
+
+def _checkpoint_of(run: Path) -> tuple[Path, dict[str, Any]] | None:
+    """The checkpoint that is meant: the given one, or the newest of a run that is not finished; None for a finished one."""
+    if (run / MANIFEST).exists():
+        return run, verify(run)
+    return None if (run / "backbone").exists() else newest(run / "checkpoints")
+
+
+def _from_checkpoint(path: Path, state: dict[str, Any]) -> Backbone:
+    """In fp32; the mean of the weights where the run keeps one.
+
+    Raises:
+        CheckpointError: the run trains no backbone.
+    """
+    model = state.get("model")
+    if not model:
+        raise CheckpointError(f"{path} is of a run that trains no backbone; give one of pretraining or fine-tuning")
+    weights, moments = read(path)
+    means = {name.removesuffix(":ema"): value for name, value in moments.items() if name.endswith(":ema")}
+    prefix, overrides = model["prefix"], model["create_backbone"]["overrides"]
+    backbone = create_backbone(**{k: v for k, v in model["create_backbone"].items() if k != "overrides"}, **overrides)
+    backbone.load_state_dict({name.removeprefix(prefix): value for name, value in (weights | means).items() if name.startswith(prefix)})
+    return backbone.eval()
 
 
 def _checked(trained: Backbone, unchecked: Path, out: Path, to: str) -> str:

@@ -61,7 +61,7 @@ def normalization(path: str | Path) -> tuple[list[float], list[float]]:
 
 def save_classifier(model: Any, normalize: Normalize, run: Path, provenance: dict[str, Any]) -> Path:
     """Writes `RUN/backbone` (timm's schema, classifier included), or `RUN/residual_cnn`; returns the folder."""
-    mean, std = normalize.mean_C11.flatten().tolist(), normalize.std_C11.flatten().tolist()
+    mean, std = normalize.describe().values()
     if isinstance(model, Backbone):
         save_backbone(model, run / "backbone", mean=mean, std=std, provenance=provenance)
         return run / "backbone"

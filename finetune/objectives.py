@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.transforms import v2
 
+from mimetic.backbones.contract import Backbone
 from mimetic.data.randomness import mix
 from mimetic.data.views import Normalize
 from mimetic.engine.errors import SettingError
@@ -74,6 +75,12 @@ class Supervised(Objective):
         """Smoothed, weighted by `weight_B`, which sums to 1."""
         losses_B = F.cross_entropy(logits_BN.float(), target_BN, label_smoothing=self.smoothing, reduction="none")
         return (losses_B * weight_B).sum()
+
+    def describe(self) -> dict[str, Any]:
+        """The model if it is a backbone, and what its input is normalized with."""
+        if not isinstance(self.model, Backbone):
+            return {}
+        return {"prefix": "model.", "create_backbone": self.model.config, **self.normalize.describe()}
 
     def depth_of(self, parameter_name: str) -> int:
         """The model's own depths."""

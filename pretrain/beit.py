@@ -99,7 +99,7 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
                     shown=next(ShardStream(held_out, 12, shuffle=False, transform=plain).run(1)))  # fmt: skip
     if trained and accelerator.is_main_process:
         out = invocation.out / "backbone"
-        save_backbone(backbone, out, mean=normalize.mean_C11.flatten().tolist(), std=normalize.std_C11.flatten().tolist())
+        save_backbone(backbone, out, **normalize.describe())
         Run(invocation, "pretrain").finish()
         print(f"pretrained backbone in {out}\nnext: fine-tune it, finetune/classify.py --init.path {invocation.out} (see --help), "
               f"or take it away, mimetic export {invocation.out} FOLDER")  # fmt: skip

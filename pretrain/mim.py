@@ -129,6 +129,10 @@ class MaskedImageModeling(Objective):
             rows += [self.tokenizer.decode(ids_BPQ), self.tokenizer.decode(predicted_BPQ)]
         return contact_sheet(rows)
 
+    def describe(self) -> dict[str, Any]:
+        """The backbone, and what its input is normalized with."""
+        return {"prefix": "backbone.", "create_backbone": self.backbone.config, **self.normalize.describe()}
+
     def depth_of(self, parameter_name: str) -> int:
         """The backbone's own depths; the token head is last."""
         owner, _, name = parameter_name.partition(".")

@@ -16,8 +16,9 @@ from rich.table import Table
 from rich.text import Text
 
 from mimetic.engine.errors import SettingError
+from mimetic.engine.words import duration
 from mimetic.report.follow import Followed, number, one_line
-from mimetic.report.wording import duration, percent, plain, short
+from mimetic.report.wording import percent, plain, short
 
 STATES = {"running": ("●", "green"), "finished": ("✔", "green"), "stopped": ("■", "red"),
           "quiet": ("●", "yellow"), "unknown": ("●", "")}  # fmt: skip

@@ -42,12 +42,3 @@ def short(number: float) -> str:
         if math.isfinite(number) and abs(number) >= least:
             return f"{number / unit:.4g} {suffix}"
     return f"{number:,.0f}" if number == number // 1 or abs(number) >= 100 else f"{number:.3g}"
-
-
-def duration(number: float) -> str:
-    """ "3 min 20 s"; the two largest units."""
-    rest, words = round(number), []
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
-        count, rest = divmod(rest, size)
-        words += [f"{count} {unit}"] if count else []
-    return " ".join(words[:2]) or "0 s"

@@ -493,6 +493,24 @@ def test_a_pretrained_run_is_exported_to_timm_and_safetensors(pretrained, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_a_checkpoint_is_exported_while_the_run_goes_on(decay, world, tmp_path, capsys):
+    """What a run of so many steps would have left, the mean of the weights included."""
+    settings = {"train__steps": 10, "train__checkpoint_every": 5, "train__ema_decay": decay, "optim__warmup": 0, "optim__min_lr": 2e-3}
+    run = run_here("beit", beit_arguments(world, tmp_path / "run", **settings))
+    short = run_here("beit", beit_arguments(world, tmp_path / "short", **settings | {"train__steps": 5}))
+    export_backbone(run / "checkpoints/step-00000005", tmp_path / "middle", "timm")
+    assert "after step 5 (" in capsys.readouterr().out
+    middle, end = (load_file(folder / "model.safetensors") for folder in (tmp_path / "middle", short / "backbone"))
+    assert all(torch.equal(middle[name], end[name]) for name in end)
+    shutil.rmtree(run / "backbone")
+    export_backbone(run, tmp_path / "newest", "safetensors")
+    assert "after step 10 (" in capsys.readouterr().out
+    tokenizer = run_here("dvae", dvae_arguments(world, tmp_path / "tokenizer", train__steps=2))
+    with pytest.raises(CheckpointError, match="is of a run that trains no backbone"):
+        export_backbone(tokenizer / "checkpoints/last", tmp_path / "none", "safetensors")
+
+
 def test_a_shared_bias_is_exported_and_fine_tuned(world, beit_run, tmp_path, monkeypatch):
     monkeypatch.setattr("mimetic.export.backbone._run_snippet", lambda _: None)  # `exported` runs it
     check_export(beit_run, tmp_path / "pretrained", checkpointed(beit_run, "backbone.", name="beit_base_patch16_224", **BEIT))

@@ -25,10 +25,11 @@ from rich.console import Console
 from tinyruns import beit_arguments, finish, run_here, start
 
 from mimetic.engine.errors import DataError, SettingError
+from mimetic.engine.words import duration
 from mimetic.report import follow
 from mimetic.report.follow import Followed
 from mimetic.report.watch import Frame, watch
-from mimetic.report.wording import duration, short
+from mimetic.report.wording import short
 
 PLAN = {"steps": 1000, "samples_per_step": 32, "steps_per_epoch": 250, "processes": 2, "engine": "DDP", "device": "cpu",
         "precision": "fp32", "title": "BEiT of a net"}  # fmt: skip
