@@ -373,13 +373,13 @@ class _Loop:
         parameters = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self.objective.parameters())
         samples = self.step * self.plan.samples_per_step
         progress: dict[str, Any] = {"step": self.step, "samples": samples, "seconds": round(self.seconds, 1), "parameters": parameters}
-        self.run.record(*(replace(record, **progress) for record in records))
         for r in records:
             self.run.metrics(self.step, {r.metric: r.value, "samples": samples, "seconds": self.seconds})
             if self.accelerator.is_main_process:
                 print(f"{r.metric} {r.value:.4f}" + (f" over {r.count:,} images" if r.count else ""), flush=True)
-        if self.accelerator.is_main_process and self.run.is_best(evaluation.best, self.step):
+        if self.accelerator.is_main_process and self.run.is_best(evaluation.best, records):
             self.keeper.mark_best(self.step)
+        self.run.record(*(replace(record, **progress) for record in records))  # last: a start after a kill takes it for all of this
 
     def held_out(self, stream: Stream) -> Batches:
         """Its batches on the device. What does not decode is listed, and ends the run when it is more than data.max_bad of them.
