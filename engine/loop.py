@@ -257,6 +257,8 @@ class _Loop:
         self.went_back_to = self.restore(path, state)["step"]
         self.taken.clear()
         self.run.undo(self.step)
+        if self.accelerator.is_main_process:
+            self.keeper.forget_after(self.step)
         self.save_soon = True  # a kill from now on must not meet the bad data again
 
     def tell(self, kind: str, step: int, line: str) -> None:
