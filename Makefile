@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # pip's own output only matters when it fails
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test launches clean
+.PHONY: demo test launches faults clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python -m mimetic.cli demo --out runs/demo --budget $(BUDGET)
@@ -19,6 +19,9 @@ test: $(VENV)/.tested
 
 launches: $(VENV)/.tested
 	$(BIN)/python -m pytest tests/launches
+
+faults: $(VENV)/.tested
+	$(BIN)/python -m pytest -n 2 tests/faults
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11 ...")'

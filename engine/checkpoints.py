@@ -76,6 +76,13 @@ class Keeper:
         if (self.folder / _name(step)).exists():
             _point(self.folder, "best", self.folder / _name(step))
 
+    def forget_after(self, step: int) -> None:
+        """Removes the checkpoints of later steps: the run has gone back behind them, and a start after a kill must not take them."""
+        self.wait()
+        for path in self.folder.glob("step-*"):
+            if path.name > _name(step):
+                shutil.rmtree(path, ignore_errors=True)
+
     def _write(self, step: int, files: dict[str, Tensors], state: dict[str, Any], then: Callable[[], None] | None) -> None:
         final, temporary = self.folder / _name(step), self.folder / f".{_name(step)}"
         try:
@@ -84,7 +91,7 @@ class Keeper:
             self._require_room(files)
             digests = {name: _write_tensors(temporary / name, tensors) for name, tensors in files.items()}
             body = {"state": state, "files": digests}
-            write_atomically(temporary / MANIFEST, json.dumps({"sha256": _digest(body)} | body, indent=1))
+            write_atomically(temporary / MANIFEST, _text({"sha256": _digest(body)} | body))
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             _point(self.folder, "last", final)
@@ -157,15 +164,23 @@ def verify(path: Path) -> dict[str, Any]:
         CheckpointError: missing or damaged; the line names the file.
     """
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        written = (path / MANIFEST).read_text()
+        manifest = json.loads(written)
+        same = written == _text(manifest)  # a flipped bit may change no value: 1E-05 for 1e-05
+        if "files" in manifest and "sha256" not in manifest:
+            raise CheckpointError(f"{path} was written by an earlier version, whose checkpoints this one does not read; use another --out")
         told = manifest.pop("sha256")
         files, state = dict(manifest["files"]), dict(manifest["state"])
-        if told != _digest(manifest):
+        if not same or told != _digest(manifest):
             raise ValueError
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         raise CheckpointError(f"{path}: {MANIFEST} is missing or damaged; give a folder like checkpoints/step-00000123") from None
     for name, digest in files.items():
-        if not (path / name).is_file() or hash_of(path / name) != digest:
+        try:
+            same = (path / name).is_file() and hash_of(path / name) == digest
+        except OSError:  # a bad disk
+            same = False
+        if not same:
             raise CheckpointError(f"{path / name} is missing or differs from what was written; use another checkpoint")
     return state
 
@@ -189,6 +204,10 @@ def _point(folder: Path, name: str, target: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)
+
+
+def _text(manifest: dict[str, Any]) -> str:
+    return json.dumps(manifest, indent=1)
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -60,7 +60,7 @@ class Guard:
         norm = norm.detach().float().to(self.device)
         limit = self._limit()
         bad = (~torch.isfinite(norm) | (norm > limit)).float()
-        agreed = add_up(torch.stack([bad, torch.tensor(float(asked), device=self.device)]))
+        agreed = add_up(torch.stack([bad, torch.full_like(bad, float(asked))]))  # filled there: a copy would wait for the device
         bad = (agreed[0] > 0).float()
         self._remember(norm, bad)
         self._send(step, torch.stack([bad, norm, limit, agreed[1]]))

@@ -259,6 +259,8 @@ class _Loop:
         self.went_back_to = self.restore(path, state)["step"]
         self.taken.clear()
         self.run.undo(self.step)
+        if self.accelerator.is_main_process:
+            self.keeper.forget_after(self.step)
         self.save_soon = True  # a kill from now on must not meet the bad data again
 
     def tell(self, kind: str, step: int, line: str) -> None:
@@ -348,7 +350,8 @@ class _Loop:
         if self.bad > tolerated * self.stream.samples * epochs + 1e-9:
             raise DataError(
                 f"{self.bad} of the {read} images read so far did not decode ({self.bad / read:.1%}), data.max_bad tolerates "
-                f"{tolerated:.1%} of the data; their keys are in {self.run.folder}/skipped.txt; pack the images again, or raise it"
+                f"{tolerated:.1%} of the data; their keys are in {self.run.folder}/skipped.txt; pack the images again, or raise it",
+                together=True,
             )
 
     def picture(self, batch: Mapping[str, Any]) -> None:
@@ -378,13 +381,13 @@ class _Loop:
         parameters = sum(math.prod(getattr(p, "ds_shape", p.shape)) for p in self.objective.parameters())
         samples = self.step * self.plan.samples_per_step
         progress: dict[str, Any] = {"step": self.step, "samples": samples, "seconds": round(self.seconds, 1), "parameters": parameters}
-        self.run.record(*(replace(record, **progress) for record in records))
         for r in records:
             self.run.metrics(self.step, {r.metric: r.value, "samples": samples, "seconds": self.seconds})
             if self.accelerator.is_main_process:
                 print(f"{r.metric} {r.value:.4f}" + (f" over {r.count:,} images" if r.count else ""), flush=True)
-        if self.accelerator.is_main_process and self.run.is_best(evaluation.best, self.step):
+        if self.accelerator.is_main_process and self.run.is_best(evaluation.best, records):
             self.keeper.mark_best(self.step)
+        self.run.record(*(replace(record, **progress) for record in records))  # last: a start after a kill takes it for all of this
 
     def held_out(self, stream: Stream) -> Batches:
         """Its batches on the device. What does not decode is listed, and ends the run when it is more than data.max_bad of them.
@@ -401,6 +404,6 @@ class _Loop:
         tolerated = self.recipe.data.max_bad
         told = f"{bad} of the {stream.samples:,} held-out images did not decode, their keys are in {self.run.folder}/skipped.txt"
         if bad > tolerated * stream.samples + 1e-9 or bad == stream.samples:
-            raise DataError(f"{told}; data.max_bad tolerates {tolerated:.1%}; pack the images again, or raise it")
+            raise DataError(f"{told}; data.max_bad tolerates {tolerated:.1%}; pack the images again, or raise it", together=True)
         if bad and self.accelerator.is_main_process:
             print(f"{told}; measured without them", flush=True)

@@ -5,6 +5,7 @@ import fcntl
 import functools
 import hashlib
 import json
+import math
 import os
 import subprocess
 import time
@@ -109,9 +110,14 @@ class Run:
         self._board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else None, flush_secs=20)
 
     def undo(self, step: int) -> None:
-        """Leaves out lines of metrics and records after a step: the work they tell of will be done again."""
-        for name in ("metrics.jsonl", "records.jsonl") if self.main else ():
-            kept = [line for line in read_lines(self.folder / name) if line["step"] <= step and step]
+        """Leaves out lines of metrics and records after a step, and of an evaluation after it that a kill met: it will be done again."""
+        if not self.main:
+            return
+        lines = {name: [line for line in read_lines(self.folder / name) if line["step"] <= step and step]
+                 for name in ("metrics.jsonl", "records.jsonl")}  # fmt: skip
+        if all(record["step"] != step for record in lines["records.jsonl"]):
+            lines["metrics.jsonl"] = [line for line in lines["metrics.jsonl"] if line["step"] != step or "learning_rate" in line]
+        for name, kept in lines.items():
             write_atomically(self.folder / name, "".join(json.dumps(line) + "\n" for line in kept))
 
     def event(self, kind: str, step: int, text: str) -> None:
@@ -137,10 +143,10 @@ class Run:
         """Whether an evaluation after this step has been recorded."""
         return any(line["step"] == step for line in read_lines(self.folder / "records.jsonl"))
 
-    def is_best(self, metric: str, step: int) -> bool:
-        """Whether the evaluation after this step has the highest value of a metric so far."""
-        values = {line["step"]: line["value"] for line in read_lines(self.folder / "records.jsonl") if line["metric"] == metric}
-        return step in values and values[step] >= max(values.values())
+    def is_best(self, metric: str, records: Sequence[Record]) -> bool:
+        """Whether none of the evaluations so far has a higher value of a metric than these records."""
+        before = [line["value"] for line in read_lines(self.folder / "records.jsonl") if line["metric"] == metric]
+        return any(record.metric == metric and record.value >= max(before, default=-math.inf) for record in records)
 
     def picture(self, step: int, image_HWC: np.ndarray | None) -> None:
         """Saves samples/step-00000123.png and shows it in TensorBoard."""

@@ -136,8 +136,11 @@ class Whole:
     def load(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
         self.objective.load_state_dict(weights)
         for name, parameter in self.trained.items():
-            state = {key: moments[f"{name}:{key}"] for key in (*MOMENTS, "step") if f"{name}:{key}" in moments}
-            self.optimizer.state[parameter] = {key: value.to(parameter.device, copy=True) for key, value in state.items()}
+            state = {"step": moments[f"{name}:step"].to(parameter.device, copy=True)} if f"{name}:step" in moments else {}
+            for key in MOMENTS:
+                if f"{name}:{key}" in moments:  # in memory like the weights, channels last or not: the fused kernel walks along both
+                    state[key] = torch.empty_like(parameter, requires_grad=False).copy_(moments[f"{name}:{key}"])
+            self.optimizer.state[parameter] = state
 
     def refresh(self) -> None:
         pass
@@ -272,10 +275,8 @@ class Split:
 def averaged(sharing: Sharing) -> Iterator[None]:
     """Inside, the model has the running mean of its weights, where one is kept."""
     _exchange(sharing)
-    try:
-        yield
-    finally:
-        _exchange(sharing)
+    yield
+    _exchange(sharing)  # not after an error: the run ends, and the others may not come along
 
 
 def _exchange(sharing: Sharing) -> None:

@@ -98,7 +98,8 @@ def _checkpoint(accelerator: "Accelerator", invocation: Invocation[Any], run: Ru
     else:
         found = checkpoints.newest(folder, tell=accelerator.is_main_process)
     if found is None and (damaged := sorted(folder.glob("step-*"))):
-        raise CheckpointError(f"all {len(damaged)} checkpoints in {folder} are damaged; remove {invocation.out} to start afresh")
+        raise CheckpointError(f"all {len(damaged)} checkpoints in {folder} are damaged or of an earlier version; remove {invocation.out} "
+                              "to start afresh")  # fmt: skip
     agree({"the newest valid checkpoint": found[1]["step"] if found else None}, "what they see",
           "the run folder must be on a disk that all share")  # fmt: skip
     if found is None:

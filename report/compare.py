@@ -103,11 +103,16 @@ def _gaps(run: RunFolder) -> list[str]:
 
 def _doubts(run: RunFolder) -> list[str]:
     found = []
+    last = run.metrics[-1] if run.metrics else {}
+    skips, rewinds = last.get("skipped_steps", 0), last.get("rewinds", 0)
+    if skips:
+        found.append(f"{whole(skips)} steps of {run.name} were left out, their gradients not finite or far too large (see its capsules).")
+    if rewinds:
+        found.append(f"{run.name} went back to a checkpoint {whole(rewinds)} times, and on with the data after a bad step.")
     broken = next((line for line in run.metrics if not math.isfinite(line["loss"])), None)
-    if broken:
+    if broken and not skips:
         found.append(f"The loss of {run.name} is no finite number at step {whole(broken.get('step'))}.")
-    bad = run.metrics[-1].get("bad_samples") if run.metrics else None
-    if bad:
+    if bad := last.get("bad_samples"):
         found.append(f"{whole(bad)} samples did not decode while {run.name} was trained.")
     if run.kind == "pretrain" and run.metrics and run.metrics[-1].get("predicted_codes_used") == 1:
         found.append(f"{run.name} predicts one and the same code everywhere at the end: it has not learnt to tell images apart.")

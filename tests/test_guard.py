@@ -186,12 +186,12 @@ def test_going_back_again_at_once_goes_further_back_and_has_a_budget(world, tmp_
 
     cures: list = []
     _Loop.rewind = rewind
-    try:
-        with poison({12: math.nan}):
+    with poison({12: math.nan}):
+        try:
             run_here("beit", beit_arguments(world, tmp_path / "twice", **settings))
-    finally:
-        _Loop.rewind = own
-        cures[0]()
+        finally:
+            _Loop.rewind = own
+            cures[0]()  # the last poison first
     assert went == [10, 5], "the newest brought it to the bad step again"
 
 
