@@ -473,7 +473,8 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_trained_over(entry, worl
     for manifest in damaged:
         manifest.write_text('{"files": {}, "state": 5}')
     line = entry.refused("beit", *beit_arguments(world, run, train__steps=4))
-    assert re.search(rf"all {len(damaged)} checkpoints in .*run/checkpoints are damaged or of an earlier version; remove .*run to start afresh", line), line
+    told = rf"all {len(damaged)} checkpoints in .*run/checkpoints are damaged or of an earlier version; remove .*run to start afresh"
+    assert re.search(told, line), line
     assert lines(run) == lines(pretrained)
 
 

@@ -24,7 +24,7 @@ LAUNCHERS: dict[str, list[Path | str]] = {
     "one": [sys.executable],
     "ddp": [BIN / "torchrun", "--standalone", "--nproc_per_node", "2"],
     "zero1": [*ACCELERATE, "launch/accelerate/zero1.yaml", "--num_processes", "2"],
-    "zero2": [*ACCELERATE, "tests/faults/zero2.yaml", "--num_processes", "2"],
+    "zero2": [*ACCELERATE, "launch/accelerate/zero2.yaml", "--num_processes", "2"],
 }
 STEPS, EVALUATE_EVERY, CHECKPOINT_EVERY = 48, 16, 3
 OFTEN = {"train__steps": STEPS, "train__log_every": 1, "train__checkpoint_every": CHECKPOINT_EVERY}
