@@ -46,6 +46,8 @@ def replay(folder: Path, process: int | None) -> bool:
     objective.load_state_dict(capsule.weights)
     objective.to(device).train()
     autocast(objective, device, recipe.train.precision)
+    if recipe.train.compile:
+        print("the training was compiled, this is not: last digits may differ")
     watched = _Watched(objective)
     reseed(recipe.seed, told["step"], capsule.rank)
     objective.begin_step(told["step"], told["steps"])

@@ -148,6 +148,8 @@ def read_capsule(folder: Path, rank: int | None) -> Capsule:
         told = json.loads((folder / CAPSULE).read_text())
         parts = [json.loads((folder / f"process-{number}.json").read_text()) for number in range(told["world"])]
         losses = [[float.fromhex(loss) for loss in part["losses"]] for part in parts]
+        if not {"kind", "step", "steps", "norm", "limit", "device", "threads", "weights"} <= told.keys():
+            raise KeyError
     except (OSError, ValueError, KeyError, TypeError):
         raise CheckpointError(f"{folder} holds no whole capsule; give a folder like RUN/capsules/step-00000123") from None
     if rank is None:

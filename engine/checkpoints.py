@@ -76,12 +76,22 @@ class Keeper:
         if (self.folder / _name(step)).exists():
             _point(self.folder, "best", self.folder / _name(step))
 
+    def steps(self) -> list[int]:
+        """Of the checkpoints that there are, sound or not."""
+        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
+
     def forget_after(self, step: int) -> None:
         """Removes the checkpoints of later steps: the run has gone back behind them, and a start after a kill must not take them."""
+        self.forget([later for later in self.steps() if later > step])
+
+    def forget(self, steps: Iterable[int]) -> None:
+        """Removes the checkpoints of some steps, and links to them."""
         self.wait()
-        for path in self.folder.glob("step-*"):
-            if path.name > _name(step):
-                shutil.rmtree(path, ignore_errors=True)
+        for step in steps:
+            shutil.rmtree(self.folder / _name(step), ignore_errors=True)
+        for link in (self.folder / "last", self.folder / "best"):
+            if link.is_symlink() and not link.exists():
+                link.unlink()
 
     def _write(self, step: int, files: dict[str, Tensors], state: dict[str, Any], then: Callable[[], None] | None) -> None:
         final, temporary = self.folder / _name(step), self.folder / f".{_name(step)}"
@@ -92,6 +102,7 @@ class Keeper:
             digests = {name: _write_tensors(temporary / name, tensors) for name, tensors in files.items()}
             body = {"state": state, "files": digests}
             write_atomically(temporary / MANIFEST, _text({"sha256": _digest(body)} | body))
+            _sync(temporary)
             shutil.rmtree(final, ignore_errors=True)
             temporary.rename(final)
             _point(self.folder, "last", final)
@@ -167,7 +178,7 @@ def verify(path: Path) -> dict[str, Any]:
         written = (path / MANIFEST).read_text()
         manifest = json.loads(written)
         same = written == _text(manifest)  # a flipped bit may change no value: 1E-05 for 1e-05
-        if "files" in manifest and "sha256" not in manifest:
+        if manifest.keys() == {"state", "files"}:
             raise CheckpointError(f"{path} was written by an earlier version, whose checkpoints this one does not read; use another --out")
         told = manifest.pop("sha256")
         files, state = dict(manifest["files"]), dict(manifest["state"])
@@ -201,6 +212,10 @@ def _point(folder: Path, name: str, target: Path) -> None:
     link.unlink(missing_ok=True)
     link.symlink_to(target.name)
     link.replace(folder / name)
+    _sync(folder)
+
+
+def _sync(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     os.fsync(handle)
     os.close(handle)

@@ -15,15 +15,15 @@ from mimetic.engine.capsules import Taken, write_capsule
 from mimetic.engine.config import Invocation, recipe_dict
 from mimetic.engine.errors import CheckpointError, DataError, MimeticError
 from mimetic.engine.guard import Guard, Pulse
-from mimetic.engine.meeting import versions
+from mimetic.engine.meeting import agree, versions
 from mimetic.engine.objective import Objective, reseed
 from mimetic.engine.optim import ema_decay, learning_rate, set_rates, update_and_weight_squares
 from mimetic.engine.progress import Clock, Meter, Plan, Stream
 from mimetic.engine.run import Record, Run
 from mimetic.engine.runtime import add_up, autocast, engine_name, same_on_all_ranks
-from mimetic.engine.sharding import Sharing, averaged, share
+from mimetic.engine.sharding import Sharing, averaged, exchange, share
 from mimetic.engine.signals import SIGNALS
-from mimetic.engine.starting import Start, announce, look_ahead, to_device
+from mimetic.engine.starting import SHARED, Start, announce, look_ahead, to_device
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -98,10 +98,13 @@ class _Loop:
         self.guard = Guard(recipe.guard, self.device, lag=1 if self.device.type == "cuda" else 0)
         self.keeper = checkpoints.Keeper(run.folder / "checkpoints", recipe.train.keep)
         self.scale = ActivationScale(objective)
+        saved = objective.state_dict()
+        self.statistics = [b for name, b in objective.named_buffers() if name in saved]  # BatchNorm's, mostly
         self.taken: list[Taken] = []  # steps whose verdict is not known yet
         self.went_back_to: int | None = None
         self.asked = self.save_soon = False
         self.step, self.bad, self.skips, self.rewinds, self.before = 0, 0, 0, 0, 0.0
+        self.abandoned = [step for step in self.keeper.steps() if step > start.step]  # of a branch that --resume CHECKPOINT leaves
         if start.checkpoint is not None:
             state = self.restore(*start.checkpoint)
             self.stream.load_state_dict(state["stream"])
@@ -127,7 +130,7 @@ class _Loop:
             if self.keeper.failure:
                 raise CheckpointError(self.unsaved())
             if self.recipe.train.ema_decay:
-                averaged(self.sharing).__enter__()  # the mean is what is kept
+                exchange(self.sharing)  # the mean is what is kept
             self.sharing.consolidate()
         finally:
             SIGNALS.stepping = False
@@ -142,11 +145,12 @@ class _Loop:
             batch = self.one_step(batches, meter)
             if batch is None:
                 return
-            if plan.logs(self.step):
+            saves = plan.saves(self.step) or self.asked or self.save_soon
+            if plan.logs(self.step) or saves:
                 self.log(meter, clock)
                 meter = Meter()
             paused = time.perf_counter()
-            if (plan.saves(self.step) or self.asked or self.save_soon) and self.save():
+            if saves and self.save():
                 return
             if plan.due(plan.picture_every, self.step):
                 self.picture(batch)
@@ -166,7 +170,7 @@ class _Loop:
         set_rates(self.sharing.optimizer, self.rate(number), ema_decay(train.ema_decay, number))
         reseed(self.recipe.seed, number, self.accelerator.process_index)
         self.objective.begin_step(number, self.plan.steps)
-        taken = Taken(number)
+        taken, statistics = Taken(number), [buffer.clone() for buffer in self.statistics]
         outputs, listening = [], self.plan.logs(number + 1) and not train.compile  # hooks would have it compiled anew
         for micro in range(train.accumulate):
             batch = self.next_batch(batches, meter)
@@ -179,10 +183,15 @@ class _Loop:
         self.taken.append(taken)
         bad = self.guard.judge(number, self.norm, bool(SIGNALS.number))
         meter.add(outputs, bad)
+        for buffer, before in zip(self.statistics, statistics, strict=True):
+            buffer.copy_(torch.where(bad > 0, before, buffer))
         if self.hear():
             return None
         self.sharing.update(bad)
-        self.objective.end_step()
+        if self.objective.wants_end_step:  # rarely, so it may wait for the device
+            if self.hear(all_of_them=True):
+                return None
+            self.objective.end_step(sound=not float(bad))
         self.step += 1
         return batch
 
@@ -251,6 +260,7 @@ class _Loop:
         found = checkpoints.newest(folder, tell=self.accelerator.is_main_process)
         if found and found[1]["step"] == self.went_back_to:
             found = checkpoints.newest(folder, tell=False, before=self.went_back_to) or found
+        agree({"the checkpoint to go back to": found[1]["step"] if found else None}, *SHARED)
         return found
 
     def rewind(self, path: Path, state: dict[str, Any]) -> None:
@@ -273,7 +283,10 @@ class _Loop:
 
     def restore(self, path: Path, state: dict[str, Any]) -> dict[str, Any]:
         """Weights, optimizer and step; returns the state."""
-        self.sharing.load(*checkpoints.read(path))
+        weights, moments = checkpoints.read(path)
+        if not self.recipe.train.ema_decay:  # no longer kept
+            moments = {name: value for name, value in moments.items() if not name.endswith(":ema")}
+        self.sharing.load(weights, moments)
         self.guard.load(state["norms"])
         self.step = state["step"]
         return state
@@ -287,6 +300,7 @@ class _Loop:
         if self.hear(all_of_them=True):
             return True
         main = self.accelerator.is_main_process
+        self.keeper.wait()  # one copy at a time in the host's memory
         files = {checkpoints.WEIGHTS: checkpoints.copies(self.sharing.weights(), main),
                  checkpoints.MOMENTS: checkpoints.copies(self.sharing.moments(), main)}  # fmt: skip
         state = {
@@ -297,13 +311,21 @@ class _Loop:
         }  # fmt: skip
         self.save_soon = False
         if main:
-            self.keeper.wait()
             if self.keeper.failure:
                 self.tell("checkpoint", self.step, self.unsaved("free some space; training goes on, and tries again at the next one"))
             self.keeper.save(self.step, files, state, then=lambda: self.run.event("checkpoint", state["step"], "written"))
+            self.forget_abandoned()
         if self.asked:
             self.leave()
         return False
+
+    def forget_abandoned(self) -> None:
+        """After `--resume CHECKPOINT`, and once there is a checkpoint of this branch: nothing must go on from later ones of the other."""
+        if self.abandoned:
+            self.keeper.wait()
+            if not self.keeper.failure:
+                self.keeper.forget(step for step in self.abandoned if step != self.step)
+                self.abandoned = []
 
     def unsaved(self, cure: str = "free some space and give the same command") -> str:
         """Why, and what there is instead."""
@@ -319,7 +341,8 @@ class _Loop:
         """
         self.keeper.wait()
         self.accelerator.wait_for_everyone()
-        saved = self.unsaved() if self.keeper.failure else f"saved after step {self.step}; the same command goes on from there"
+        told = f"saved after step {self.step}; the same command goes on from there{self.run.without}"
+        saved = self.unsaved() if self.keeper.failure else told
         self.run.event("signal", self.step, saved)
         raise SIGNALS.stopped(saved)
 

@@ -29,6 +29,9 @@ def announced_world() -> int:
     if world < 1 or (world > 1 and missing):
         what = f"{missing[0]} is not set" if world > 1 else "that is no number of processes"
         raise LaunchError(f"WORLD_SIZE is {given} but {what}; start with accelerate launch or torchrun, or unset WORLD_SIZE")
+    for name in ("RANK", "LOCAL_RANK"):
+        if not os.environ.get(name, "0").isdecimal():
+            raise LaunchError(f"{name} is {os.environ[name]}, which is no number of a process; start with accelerate launch or torchrun")
     return world
 
 

@@ -51,8 +51,13 @@ class Objective(nn.Module):
     def begin_step(self, step: int, steps: int) -> None:
         """Told before each step how many of all steps are done: for annealing."""
 
-    def end_step(self) -> None:
-        """After the optimizer's step: what changes weights otherwise than by their gradient belongs here."""
+    @property
+    def wants_end_step(self) -> bool:
+        """Whether `end_step` has something to do after this step."""
+        return False
+
+    def end_step(self, sound: bool) -> None:
+        """After the optimizer's step: what changes weights otherwise than by their gradient belongs here, and only if it was sound."""
 
 
 def reseed(seed: int, step: int, rank: int) -> None:

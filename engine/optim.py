@@ -45,7 +45,9 @@ def _average_weights(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         weights = [p for p in group["params"] if optimizer.state[p]]  # one without a gradient has no state yet
         if weights and (decay := group.get("ema_decay")):
             means = [optimizer.state[p].setdefault("ema", p.detach().clone()) for p in weights]
-            torch._foreach_lerp_(means, weights, 1 - decay)
+            moved = getattr(optimizer, "found_inf", None)  # 1 where the step was left out: then the mean stays too
+            share = 1 - decay if moved is None else [(1 - decay) * (1 - moved)] * len(means)
+            torch._foreach_lerp_(means, weights, share)
 
 
 def ema_decay(highest: float, step: int) -> float:
@@ -80,7 +82,7 @@ def update_and_weight_squares(optimizer: torch.optim.Optimizer, parts: Iterable[
     for group, weights in parts:
         if not (state := optimizer.state[weights]):  # before its first step
             continue
-        (beta1, beta2), step = group["betas"], state["step"].to(weights.device)
+        (beta1, beta2), step = group["betas"], state["step"].to(weights.device).clamp(min=1)  # 0 where the first was left out
         mean, square = state["exp_avg"] / (1 - beta1**step), state["exp_avg_sq"] / (1 - beta2**step)
         update = group["lr"] * (mean / (square.sqrt() + group["eps"]) + group["weight_decay"] * weights)
         found.append(torch.stack([update.square().sum(), weights.square().sum()]))

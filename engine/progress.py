@@ -111,11 +111,9 @@ class Meter:
 
     def read(self, accelerator: "Accelerator") -> dict[str, float]:
         """Means over batches and ranks, and per histogram how many codes occur and their perplexity. The one wait for the device."""
-        bad = torch.tensor(float(self.bad), device=accelerator.device)
-        scalars = torch.stack([*(total / self.good for total in self.sums.values()), bad])
-        means = (add_up(scalars) / accelerator.num_processes).tolist()
-        values = dict(zip([*self.sums, "bad"], means, strict=True))
-        values["bad"] *= accelerator.num_processes
+        means = add_up(torch.stack([total / self.good for total in self.sums.values()])) / accelerator.num_processes
+        values = dict(zip(self.sums, means.tolist(), strict=True))
+        values["bad"] = float(add_up(torch.tensor(float(self.bad), device=accelerator.device)))
         for name, histogram in self.counts.items():
             share = add_up(histogram).double().cpu()
             share = share / share.sum().clamp(min=1)

@@ -23,6 +23,8 @@ from mimetic.engine.errors import CheckpointError, LaunchError, SettingError, di
 HARMLESS = ("data.workers", "data.max_bad", "data.cache", "data.cache_gb", "train.log_every", "train.checkpoint_every", "train.keep",
             "train.picture_every", "train.evaluate_every", "guard.bad_step", "guard.max_skips", "guard.max_rewinds",
             "expected.source", "expected.loss", "expected.masked_accuracy")  # fmt: skip
+FIXED = ("data.", "seed", "labels.", "backbone.name", "backbone.image_size", "backbone.overrides", "dvae.vocab_size", "dvae.stride",
+         "dvae.width", "dvae.code_width", "dvae.depth")  # fmt: skip  # no --allow admits another: weights or places would not fit
 STEP = ("data.batch_size", "train.accumulate")  # may change with the number of processes, as long as a step has as many images
 # Settings that name a folder, and the file in it that tells whether its content is still the same.
 INPUTS = ("data.index", "evaluate_on", "evaluation.index", "tokenizer.path", "init.path", "distill.teacher")
@@ -64,6 +66,7 @@ class Run:
 
     def __init__(self, invocation: Invocation[Any], kind: str, *, main: bool = True) -> None:
         self.folder, self.recipe, self.kind, self.main = invocation.out, invocation.recipe, kind, main
+        self.without = " without --resume" if invocation.resume else ""  # which would go back again
         self._board: Any = None
         self._lock: IO[str] | None = None
 
@@ -100,6 +103,7 @@ class Run:
                 raise
             raise SettingError(f"--out {self.folder}: {error.strerror}; give a folder that can be written") from None
         write_atomically(self.folder / "config.yaml", yaml.safe_dump(recipe_dict(self.recipe), sort_keys=False))
+        (self.folder / "finished.json").unlink(missing_ok=True)  # it goes on, with more steps perhaps
         write_atomically(self.folder / "plan.json", json.dumps(plan or {}, indent=1))
         self.undo(step)
         if not step:
@@ -203,15 +207,17 @@ class Run:
         if before != now and not set(STEP) & set(allow):
             raise CheckpointError(f"{checkpoint} had {before} images a step ({was}), this run has {now} ({it_is}); "
                                   f"{_cure(before, ours, world)}")  # fmt: skip
-        names = [name for name in theirs | ours if theirs.get(name) != ours.get(name) and not is_harmless(name)
-                 and name not in (*STEP, *allow)]  # fmt: skip
-        if names:
-            told = "; ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" for name in names)
-            allowing = " ".join(f"--allow {name}" for name in names)
-            raise CheckpointError(f"{checkpoint} is of another recipe ({told}); use that recipe, or another --out, or {allowing}")
-        if changed := [name for name in _changed(state.get("inputs", {}), self.inputs) if name not in allow]:
-            raise CheckpointError(f"{changed[0]} {ours[changed[0]]} is not what it was when {checkpoint} was written; use another --out, "
-                                  f"or --allow {changed[0]}")  # fmt: skip
+        names = [name for name in theirs | ours if theirs.get(name) != ours.get(name) and not is_harmless(name) and name not in STEP]
+        changed = [name for name in _changed(state.get("inputs", {}), self.inputs) if name not in names]
+        refused = [name for name in names + changed if name not in allow or name.startswith(FIXED)]
+        if refused:
+            told = "; ".join(f"{name} {theirs.get(name)} there, {ours.get(name)} here" if name in names else
+                             f"{name} {ours.get(name)} is not what it was then" for name in refused)  # fmt: skip
+            fixed = any(name.startswith(FIXED) for name in refused)  # weights or the position in the data would mean nothing
+            cure = "" if fixed else f", or {' '.join(f'--allow {name}' for name in refused)}"
+            raise CheckpointError(f"{checkpoint} is of another recipe or other data ({told}); use those, or another --out{cure}")
+        if self.recipe.train.steps is not None and state["step"] > self.recipe.train.steps:
+            raise CheckpointError(f"{checkpoint} has done {state['step']} steps, train.steps is {self.recipe.train.steps}; raise it")
 
     @property
     def finished(self) -> bool:

@@ -48,7 +48,7 @@ def run_entry(main: Callable[[], None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         _leave("error: nobody reads the output any more", 1)
     except Exception as error:
-        if SIGNALS.number:  # what breaks while processes leave is not news
+        if SIGNALS.number and _peer_is_gone(error):  # what breaks while processes leave is not news
             _leave(SIGNALS.stopped("the same command goes on from the last checkpoint").told, 128 + SIGNALS.number, together=True)
         if "RANK" in os.environ and _peer_is_gone(error):
             SIGNALS.deaf()
@@ -135,8 +135,12 @@ def _refuse_ignored(train: TrainSettings) -> None:
     told = {
         "mixed_precision": ("ACCELERATE_MIXED_PRECISION", "no", {"fp32": "no"}.get(train.precision, train.precision), "train.precision"),
         "gradient_accumulation_steps": ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1", str(train.accumulate), "train.accumulate"),
-        "dynamo_backend": ("ACCELERATE_DYNAMO_BACKEND", "NO", "INDUCTOR" if train.compile else "NO", "train.compile"),
+        "dynamo_backend": ("ACCELERATE_DYNAMO_BACKEND", "NO", "NO", "train.compile"),  # by itself, and once
     }
+    for other in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_MEGATRON_LM"):
+        if os.environ.get(other, "false").lower() == "true":
+            raise LaunchError(f"the launch asks for {other.removeprefix('ACCELERATE_USE_')}, which is not supported; use DDP or ZeRO, "
+                              "the files of launch/accelerate/")  # fmt: skip
     for name, (variable, unset, ours, setting) in told.items():
         given = os.environ.get(variable, unset)
         if given.upper() not in (unset.upper(), ours.upper()):

@@ -274,12 +274,13 @@ class Split:
 @contextmanager
 def averaged(sharing: Sharing) -> Iterator[None]:
     """Inside, the model has the running mean of its weights, where one is kept."""
-    _exchange(sharing)
+    exchange(sharing)
     yield
-    _exchange(sharing)  # not after an error: the run ends, and the others may not come along
+    exchange(sharing)  # not after an error: the run ends, and the others may not come along
 
 
-def _exchange(sharing: Sharing) -> None:
+def exchange(sharing: Sharing) -> None:
+    """The running mean of the weights in the place of the weights, and they in its place, where a mean is kept."""
     state = sharing.optimizer.state
     kept = [(weights, state[weights]["ema"]) for _, weights in sharing.parts() if "ema" in state[weights]]
     with torch.no_grad():

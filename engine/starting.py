@@ -21,6 +21,7 @@ from mimetic.engine.words import count, memory
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+SHARED = ("what they see", "the run folder must be on a disk that all share")
 EXAMPLE = 2  # images that work and memory are counted on
 
 
@@ -81,7 +82,7 @@ def announce(accelerator: "Accelerator", title: str, invocation: Invocation[Any]
           f"{', compiled' if recipe.train.compile else ''}; {per_step} images a step = {recipe.data.batch_size} x {world} x "
           f"{recipe.train.accumulate} (data.batch_size x processes x train.accumulate); "
           f"learning rate {recipe.optim.lr:g}, {recipe.optim.lr * 256 / per_step:.3g} per 256 images")  # fmt: skip
-    kept = start.work.saved_bytes * recipe.data.batch_size
+    kept = start.work.constant_bytes + start.work.saved_bytes * recipe.data.batch_size
     print(f"memory of a process, estimated: {memory(start.state_bytes)} for weights, gradients and optimizer, {memory(kept)} for "
           f"{recipe.data.batch_size} images; work: {count(start.work.macs)}MAC an image forward and backward, on a machine of "
           f"{count(start.matrix_rate)}MAC/s a process")  # fmt: skip
@@ -100,8 +101,7 @@ def _checkpoint(accelerator: "Accelerator", invocation: Invocation[Any], run: Ru
     if found is None and (damaged := sorted(folder.glob("step-*"))):
         raise CheckpointError(f"all {len(damaged)} checkpoints in {folder} are damaged or of an earlier version; remove {invocation.out} "
                               "to start afresh")  # fmt: skip
-    agree({"the newest valid checkpoint": found[1]["step"] if found else None}, "what they see",
-          "the run folder must be on a disk that all share")  # fmt: skip
+    agree({"the newest valid checkpoint": found[1]["step"] if found else None}, *SHARED)
     if found is None:
         if invocation.resume is not None:
             raise CheckpointError(f"--resume: no valid checkpoint in {folder}; leave --resume out to start afresh")

@@ -21,19 +21,17 @@ class Survey(NamedTuple):
         macs: multiply-adds of matrix products, convolutions and attention; norms, activations, softmax and the optimizer are not
             counted. What a frozen tokenizer or teacher does is; so is what gradient checkpointing computes again.
         saved_bytes: what the forward keeps for the backward.
+        constant_bytes: what it keeps whatever the number of images, such as weights rounded for autocast.
     """
 
     macs: int
     saved_bytes: int
+    constant_bytes: int
 
 
 def survey(objective: Objective, batch: Mapping[str, Any]) -> Survey:
-    """Runs the objective on a few images, on its device, and leaves it as it was.
-
-    Args:
-        batch: of a few images; their number divides what is counted.
-    """
-    images, training = len(batch["valid"]), objective.training
+    """Runs the objective on two images, and on one of them, on its device, and leaves it as it was."""
+    training = objective.training
     objective.eval()  # no statistics of BatchNorm, no restarts of codes
     own = {tensor.untyped_storage().data_ptr() for tensor in (*objective.parameters(), *objective.buffers())}
     own |= {value.untyped_storage().data_ptr() for value in batch.values() if isinstance(value, Tensor)}
@@ -45,16 +43,19 @@ def survey(objective: Objective, batch: Mapping[str, Any]) -> Survey:
             saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = objective(batch).loss
-        held = sum(saved.values())
-        del loss
+    held = []
+    for images in (1, 2):
+        saved.clear()
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            loss = objective({name: value[:images] if isinstance(value, Tensor) else value for name, value in batch.items()}).loss
+            held.append(sum(saved.values()))
+            del loss
     # Fused attention has no formula on every device; written out it is matrix products.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         objective(batch).loss.backward()
     objective.zero_grad(set_to_none=True)
     objective.train(training)
-    return Survey(counter.get_total_flops() // 2 // images, held // images)
+    return Survey(counter.get_total_flops() // 4, held[1] - held[0], 2 * held[0] - held[1])
 
 
 def state_bytes(objective: Objective, engine: str, processes: int, averaged: bool) -> int:

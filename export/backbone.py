@@ -79,7 +79,7 @@ def _checkpoint_of(run: Path) -> tuple[Path, dict[str, Any]] | None:
     """The checkpoint that is meant: the given one, or the newest of a run that is not finished; None for a finished one."""
     if (run / MANIFEST).exists():
         return run, verify(run)
-    return None if (run / "backbone").exists() else newest(run / "checkpoints")
+    return None if (run / "finished.json").exists() else newest(run / "checkpoints")
 
 
 def _from_checkpoint(path: Path, state: dict[str, Any]) -> Backbone:

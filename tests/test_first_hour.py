@@ -359,7 +359,7 @@ def test_a_start_that_failed_blocks_nothing(entry, world, tmp_path):
 def test_another_recipe_in_a_used_folder_is_refused_and_harmless_changes_are_not(entry, world, pretrained):
     before = {path: path.read_bytes() for path in sorted(pretrained.rglob("*")) if path.is_file()}
     line = entry.refused("beit", *beit_arguments(world, pretrained, train__steps=4, optim__lr=1e-3))
-    told = (r"step-00000004 is of another recipe \(optim\.lr 0\.002 there, 0\.001 here\); use that recipe, or another --out, "
+    told = (r"step-00000004 is of another recipe or other data \(optim\.lr 0\.002 there, 0\.001 here\); use those, or another --out, "
             r"or --allow optim\.lr")  # fmt: skip
     assert re.search(told, line), line
     other = beit_arguments(world, pretrained, train__steps=4, backbone__name="deit_tiny_patch16_224", mask__count=7)
@@ -446,7 +446,7 @@ def test_a_tokenizer_that_changed_under_its_path_is_no_continuation(entry, world
     assert entry("beit", *arguments)[0] == 0
     flip_byte(tokenizer / "model.safetensors")
     line = entry.refused("beit", *arguments)
-    told = r"tokenizer\.path .*tokenizer is not what it was when .*step-00000004 was written; use another --out, or --allow tokenizer\.path"
+    told = r"step-00000004 .*\(tokenizer\.path .*tokenizer is not what it was then\); use those, .* or --allow tokenizer\.path"
     assert re.search(told, line), line
 
 

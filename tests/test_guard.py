@@ -195,6 +195,26 @@ def test_going_back_again_at_once_goes_further_back_and_has_a_budget(world, tmp_
     assert went == [10, 5], "the newest brought it to the bad step again"
 
 
+def test_a_step_that_is_left_out_leaves_statistics_and_means_alone(world, tmp_path):
+    """BatchNorm's are those of the sound steps, the mean of the weights stays, and codes are not restarted."""
+    settings = {"backbone__name": "residual_cnn", "guard__bad_step": "skip", "train__log_every": 1, "train__checkpoint_every": 1,
+                "train__keep": 50, "train__ema_decay": 0.9, "train__steps": 6}  # fmt: skip
+    arguments = classify_arguments(world, tmp_path / "run", **settings)
+    place = arguments.index("--backbone.overrides")
+    del arguments[place : place + 2]
+    with poison({3: math.nan}):
+        run = run_here("classify", arguments)
+    for file in ("model.safetensors", "optimizer.safetensors"):
+        before, after = (load_file(run / f"checkpoints/step-{step:08d}/{file}") for step in (3, 4))
+        assert any(name.endswith(("running_mean", ":ema")) for name in before)
+        assert not [name for name in before if not torch.equal(before[name], after[name])]
+    dvae = dvae_arguments(world, tmp_path / "dvae", guard__bad_step="skip", train__checkpoint_every=1, train__keep=50)
+    with poison({8: math.nan}):  # a step after which codes are restarted
+        run = run_here("dvae", dvae)
+    before, after = (load_file(run / f"checkpoints/step-{step:08d}/model.safetensors") for step in (8, 9))
+    assert not [name for name in before if not torch.equal(before[name], after[name])]
+
+
 # The judgement itself
 
 

@@ -493,6 +493,58 @@ def test_a_pretrained_run_is_exported_to_timm_and_safetensors(pretrained, tmp_pa
     assert not (tmp_path / "out").exists()
 
 
+def test_settings_that_differ_are_admitted_one_by_one_and_some_never(world, tmp_path):
+    first = {"train__steps": 6, "train__checkpoint_every": 3}
+    run_here("beit", beit_arguments(world, tmp_path / "run", **first))
+    changed = beit_arguments(world, tmp_path / "run", **first | {"train__steps": 9, "optim__lr": 1e-3})
+    with pytest.raises(CheckpointError) as told:
+        run_here("beit", changed)
+    assert "train.steps 6 there, 9 here; optim.lr 0.002 there, 0.001 here" in str(told.value)
+    assert str(told.value).endswith("or --allow train.steps --allow optim.lr")
+    with pytest.raises(CheckpointError, match=r"\(optim\.lr 0\.002 there, 0\.001 here\)"):
+        run_here("beit", [*changed, "--allow", "train.steps"])
+    assert (tmp_path / "run/finished.json").exists()
+    run_here("beit", [*changed, "--allow", "train.steps", "--allow", "optim.lr"])
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 10))
+    assert lines(tmp_path / "run", "events.jsonl")[-1]["kind"] == "finished"
+    for name, value in {"seed": 1, "backbone__overrides__depth": 1, "data__shuffle_block": 16}.items():
+        words = beit_arguments(world, tmp_path / "run", **first | {name: value})
+        with pytest.raises(CheckpointError, match=r"use those, or another --out$"):
+            run_here("beit", [*words, "--allow", name.replace("__", "."), "--allow", "train.steps", "--allow", "optim.lr"])
+    with pytest.raises(CheckpointError, match=r"has done 9 steps, train\.steps is 4; raise it"):
+        run_here("beit", [*beit_arguments(world, tmp_path / "run", train__steps=4), "--allow", "train.steps", "--allow", "optim.lr"])
+    with pytest.raises(SettingError, match=r"--allow optim\.lrr: no such setting \(did you mean optim\.lr\?\)"):
+        run_here("beit", [*changed, "--allow", "optim.lrr"])
+
+
+def test_a_run_that_is_resumed_from_an_older_checkpoint_leaves_the_other_branch(world, tmp_path):
+    arguments = beit_arguments(world, tmp_path / "run", train__checkpoint_every=5, train__keep=4)
+    run_here("beit", arguments)
+    run_here("beit", [*arguments, "--resume", str(tmp_path / "run/checkpoints/step-00000005")])
+    assert [line["step"] for line in lines(tmp_path / "run")] == list(range(1, 21))
+    assert sorted(path.name for path in (tmp_path / "run/checkpoints").glob("step-*")) == [f"step-{step:08d}" for step in (5, 10, 15, 20)]
+
+
+def test_the_mean_of_the_weights_is_saved_and_can_be_given_up(world, tmp_path):
+    """As AdamW's steps and the schedule of the decay make it, step by step."""
+    every = {"train__checkpoint_every": 1, "train__keep": 100, "train__steps": 8}
+    run = run_here("beit", beit_arguments(world, tmp_path / "run", train__ema_decay=0.5, **every))
+    steps = [load_file(run / f"checkpoints/step-{step:08d}/model.safetensors") for step in range(1, 9)]
+    moments = load_file(run / "checkpoints/last/optimizer.safetensors")
+    name = "backbone.blocks.1.mlp.fc2.weight"
+    mean = steps[0][name].clone()
+    for step, weights in enumerate(steps[1:], 1):
+        mean.lerp_(weights[name], 1 - min(0.5, (1 + step) / (10 + step)))
+    assert torch.allclose(moments[f"{name}:ema"], mean, atol=1e-7)
+    assert not torch.allclose(steps[-1][name], mean, atol=1e-5)
+    assert torch.equal(load_file(run / "backbone/model.safetensors")["blocks.1.mlp.fc2.weight"], moments[f"{name}:ema"])
+    longer = beit_arguments(world, run, **every | {"train__steps": 9})
+    run_here("beit", [*longer, "--allow", "train.ema_decay", "--allow", "train.steps"])
+    assert not [name for name in load_file(run / "checkpoints/last/optimizer.safetensors") if name.endswith(":ema")]
+    weights = load_file(run / "checkpoints/last/model.safetensors")
+    assert torch.equal(load_file(run / "backbone/model.safetensors")["blocks.1.mlp.fc2.weight"], weights[name])
+
+
 @pytest.mark.parametrize("decay", [0.0, 0.9])
 def test_a_checkpoint_is_exported_while_the_run_goes_on(decay, world, tmp_path, capsys):
     """What a run of so many steps would have left, the mean of the weights included."""
@@ -503,7 +555,7 @@ def test_a_checkpoint_is_exported_while_the_run_goes_on(decay, world, tmp_path, 
     assert "after step 5 (" in capsys.readouterr().out
     middle, end = (load_file(folder / "model.safetensors") for folder in (tmp_path / "middle", short / "backbone"))
     assert all(torch.equal(middle[name], end[name]) for name in end)
-    shutil.rmtree(run / "backbone")
+    (run / "finished.json").unlink()
     export_backbone(run, tmp_path / "newest", "safetensors")
     assert "after step 10 (" in capsys.readouterr().out
     tokenizer = run_here("dvae", dvae_arguments(world, tmp_path / "tokenizer", train__steps=2))

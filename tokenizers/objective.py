@@ -48,12 +48,17 @@ class DVAEObjective(Objective):
         loss, metrics = self.dvae.loss(image_BCHW, self._temperature, self._kl_weight)
         return StepOutput(loss, metrics)
 
+    @property
+    def wants_end_step(self) -> bool:
+        """When it is time to restart codes."""
+        return self._seen is not None
+
     @torch.no_grad()
-    def end_step(self) -> None:
-        """Restarts dead codes when it is time to."""
-        if self._seen is not None:
+    def end_step(self, sound: bool) -> None:
+        """Restarts dead codes."""
+        if sound and self._seen is not None:
             self.dvae.restart_dead_codes(self._seen, self._restart_seed)
-            self._seen = None
+        self._seen = None
 
     @torch.no_grad()
     def pictures(self, batch: Mapping[str, Any]) -> np.ndarray:

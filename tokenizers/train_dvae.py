@@ -55,7 +55,6 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     from mimetic.data.opening import open_data, open_held_out
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, ClassifyViews
-    from mimetic.engine.checkpoints import newest
     from mimetic.engine.loop import Evaluation, train
     from mimetic.tokenizers.files import save_tokenizer
     from mimetic.tokenizers.objective import evaluate_tokenizer, only_valid
@@ -69,10 +68,10 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     augment = ClassifyViews(views.image_size, Augmentation((views.crop_low, 1.0), flip=views.flip))
     stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=augment,
                          accumulate=recipe.train.accumulate, **ranks, **recipe.data.shuffling)  # fmt: skip
-    if newest(invocation.out / "checkpoints", tell=False) is None:  # the same images on every rank and world
+    if not any((invocation.out / "checkpoints").glob("step-*")):  # the same images on every rank and world
         first = ShardStream(index, min(settings.seed_images, len(index)), seed=recipe.seed, transform=augment, **recipe.data.shuffling)
         dvae.seed_codebook(only_valid(next(first.run(1))).to(accelerator.device).float() / 255, recipe.seed)
-        same_on_all_ranks(dvae.state_dict().values())  # sums on a GPU differ in their last bits, and k-means amplifies that
+    same_on_all_ranks(dvae.state_dict().values())  # sums on a GPU differ in their last bits, and k-means amplifies that
 
     whole = ClassifyViews(views.image_size, None)
 
