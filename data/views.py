@@ -7,6 +7,7 @@ Legend: B batch, C channels, H W pixels, P Q token grid. A box is (top, left, he
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -171,7 +172,7 @@ class Normalize(nn.Module):
         self.register_buffer("mean_C11", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std_C11", torch.tensor(std)[:, None, None], persistent=False)
 
-    def describe(self) -> dict[str, list[float]]:
+    def describe(self) -> dict[str, Any]:
         """Mean and deviation per channel, in [0, 1]."""
         return {"mean": self.mean_C11.flatten().tolist(), "std": self.std_C11.flatten().tolist()}
 
