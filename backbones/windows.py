@@ -228,10 +228,8 @@ class SmallAttention(torch.autograd.Function):
         q, k, v = qkv_3GnNd.flatten(1, 2).unbind(0)
         if bias_WnNN is not None and bias_WnNN.dtype == torch.bfloat16:  # added before rounding, and faster than a pass of its own
             groups = len(qkv_3GnNd[0]) // len(bias_WnNN)
-            score = bias_WnNN.expand(groups, -1, qkv_3GnNd.shape[2], -1, -1).reshape(-1, *bias_WnNN.shape[2:])
-            if groups == 1:  # a view of the caller's
-                score = score.clone(memory_format=torch.contiguous_format)
-            score = score.baddbmm_(q, k.mT, alpha=ctx.alpha)
+            score = bias_WnNN.new_empty(groups, len(bias_WnNN), qkv_3GnNd.shape[2], *bias_WnNN.shape[2:])
+            score = score.copy_(bias_WnNN).flatten(0, 2).baddbmm_(q, k.mT, alpha=ctx.alpha)
         else:
             score = torch.baddbmm(q.new_zeros(()), q, k.mT, beta=0, alpha=ctx.alpha)
             if bias_WnNN is not None:

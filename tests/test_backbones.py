@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mimetic.backbones.catalog import CATALOG, create_backbone, list_backbones
 from mimetic.backbones.contract import Backbone
 from mimetic.backbones.layers import add_branch
+from mimetic.backbones.windows import attend, fused_attend
 from mimetic.engine.errors import CheckpointError, SettingError
 
 SMALL = {"embed_dim": 48, "depth": 3, "num_heads": 3, "patch_size": 4}
@@ -377,3 +378,16 @@ def test_foreign_weights_are_refused_and_change_nothing():
 def test_catalog_does_without_timm():
     code = "import sys, mimetic.backbones.catalog; sys.exit(any(name in sys.modules for name in ('timm', 'transformers')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(("groups", "windows"), [(1, 1), (1, 3), (2, 1), (2, 3)])
+def test_attention_leaves_the_bias_that_it_is_given_alone(groups, windows):
+    """In bf16 scores are added up where the bias was copied to; one for all heads or windows stays one."""
+    random = torch.Generator().manual_seed(0)
+    qkv = torch.randn(3, groups * windows, 2, 4, 8, generator=random).bfloat16()
+    for heads in (1, 2):
+        bias = torch.randn(windows, heads, 4, 4, generator=random).bfloat16()
+        before = bias.clone()
+        ours, theirs = attend(qkv, bias, None), fused_attend(qkv.float(), bias.float(), None)
+        assert torch.equal(bias, before)
+        assert (ours.float() - theirs).abs().max() < 0.03
