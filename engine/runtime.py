@@ -51,7 +51,7 @@ def run_entry(main: Callable[[], None]) -> None:
         if SIGNALS.number and _peer_is_gone(error):  # what breaks while processes leave is not news
             _leave(SIGNALS.stopped("the same command goes on from the last checkpoint").told, 128 + SIGNALS.number, together=True)
         if "RANK" in os.environ and _peer_is_gone(error):
-            SIGNALS.deaf()
+            SIGNALS.mortal()
             time.sleep(PATIENCE)  # the peer's own line says why; here the launcher ends this process, unless the peer was elsewhere
             _leave("error: another process of this run has ended; the same command goes on from the last checkpoint", 1)
         if not disk_is_full(error):

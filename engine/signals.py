@@ -43,6 +43,12 @@ class Signals:
                 if number != signal.SIGINT or signal.getsignal(number) is not signal.SIG_IGN:
                     signal.signal(number, self._hear)
 
+    def mortal(self) -> None:
+        """The launcher is to end this process, which has nothing to say."""
+        if threading.current_thread() is threading.main_thread():
+            for number in HEEDED:
+                signal.signal(number, signal.SIG_DFL)
+
     def deaf(self) -> None:
         """The process is leaving already. The first one still has something to say; the others a launcher may end at any moment."""
         if threading.current_thread() is threading.main_thread():

@@ -17,15 +17,13 @@ import pytest
 import torch
 from photographs import photo_world
 from safetensors.torch import load_file
-from test_launches import ACCELERATE, BIN, LAUNCHERS, difference, launch, launched, one_line, refused
+from test_launches import ACCELERATE, BIN, difference, launch, launched, one_line, refused
 from tinyruns import beit_arguments, dvae_arguments, finish, lines, losses, members, run_here, script, start, wait_until
 
 from mimetic.engine.checkpoints import newest
 from mimetic.replay import replay
 
 pytestmark = pytest.mark.timeout(900)
-for stage in (1, 2, 3):
-    LAUNCHERS[f"zero{stage}"] = [*ACCELERATE, "--config_file", f"launch/accelerate/zero{stage}.yaml", "--num_processes", "2"]
 PATCH = {"patch_size": 8}
 
 
