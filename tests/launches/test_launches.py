@@ -37,7 +37,7 @@ BIN = Path(sys.executable).parent
 ACCELERATE = [BIN / "accelerate", "launch"]
 LAUNCHERS: dict[str, list[Path | str]] = {
     "ddp": [*ACCELERATE, "--config_file", "launch/accelerate/ddp.yaml", "--num_processes", "2"],
-    **{f"zero{stage}": [*ACCELERATE, "--config_file", f"launch/accelerate/zero{stage}.yaml", "--num_processes", "2"] for stage in (1, 2, 3)},
+    **{f"zero{n}": [*ACCELERATE, "--config_file", f"launch/accelerate/zero{n}.yaml", "--num_processes", "2"] for n in (1, 2, 3)},
     "torchrun": [BIN / "torchrun", "--nproc_per_node", "2"],
     "one": [*ACCELERATE, "--config_file", "launch/accelerate/cpu.yaml"],
 }
@@ -137,7 +137,8 @@ def test_a_checkpoint_of_two_processes_is_gone_on_from_by_one_with_as_many_image
     shutil.rmtree(run / "checkpoints/step-00000020")
     done = script("pretrain/beit.py", beit_arguments(world, run, data__batch_size=8, train__checkpoint_every=2))
     assert done.returncode == 2
-    told = (r"step-00000018 had 16 images a step \(8 x 2 processes x 1\), this run has 8 \(8 x 1 process x 1\); --train\.accumulate 2 keeps them")
+    told = (r"step-00000018 had 16 images a step \(8 x 2 processes x 1\), this run has 8 \(8 x 1 process x 1\); "
+            r"--train\.accumulate 2 keeps them")  # fmt: skip
     assert re.search(told, one_line(done.stderr)), done.stderr
     done = script("pretrain/beit.py", beit_arguments(world, run, train__checkpoint_every=2))
     assert done.returncode == 0, done.stderr
