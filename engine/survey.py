@@ -30,7 +30,12 @@ class Survey(NamedTuple):
 
 
 def survey(objective: Objective, batch: Mapping[str, Any]) -> Survey:
-    """Runs the objective on two images, and on one of them, on its device, and leaves it as it was."""
+    """Runs the objective on two images, and on one of them, on its device, and leaves it as it was.
+
+    Args:
+        batch: of two images, or of one, which then stands for both.
+    """
+    batch = {name: torch.cat([value, value])[:2] if isinstance(value, Tensor) else value for name, value in batch.items()}
     training = objective.training
     objective.eval()  # no statistics of BatchNorm, no restarts of codes
     own = {tensor.untyped_storage().data_ptr() for tensor in (*objective.parameters(), *objective.buffers())}

@@ -7,6 +7,7 @@ import contextlib
 import io
 import math
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -515,6 +516,16 @@ def test_settings_that_differ_are_admitted_one_by_one_and_some_never(world, tmp_
         run_here("beit", [*beit_arguments(world, tmp_path / "run", train__steps=4), "--allow", "train.steps", "--allow", "optim.lr"])
     with pytest.raises(SettingError, match=r"--allow optim\.lrr: no such setting \(did you mean optim\.lr\?\)"):
         run_here("beit", [*changed, "--allow", "optim.lrr"])
+
+
+def test_work_and_memory_of_an_image_do_not_depend_on_the_batch(world, tmp_path, capsys):
+    """A batch of one image has no second one to tell what is constant."""
+    told = []
+    for size in (1, 2, 16):
+        run_here("beit", [*beit_arguments(world, tmp_path / "run", data__batch_size=size), "--dry-run"])
+        told.append(re.search(r"work: (\S+) MMAC an image", capsys.readouterr().out)[1])
+    assert len(set(told)) == 1
+    assert float(told[0]) > 1
 
 
 def test_a_run_that_is_resumed_from_an_older_checkpoint_leaves_the_other_branch(world, tmp_path):
