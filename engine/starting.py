@@ -62,6 +62,8 @@ def look_ahead(accelerator: "Accelerator", objective: Objective, stream: Stream,
     agree(versions(), "their code", "install the same on all machines")
     agree({"fingerprint": stream.state_dict().get("fingerprint")} | run.inputs, "their data", "give all machines the same index and files")
     checkpoint = _checkpoint(accelerator, invocation, run)
+    if checkpoint is not None:
+        _refuse_other_shapes(objective, checkpoint[0])
     work = survey(objective, to_device(stream.example(EXAMPLE), accelerator.device))
     rate = matrix_rate(accelerator.device, recipe.train.precision)
     held = state_bytes(objective, engine, accelerator.num_processes, recipe.train.ema_decay > 0)
@@ -113,6 +115,18 @@ def _checkpoint(accelerator: "Accelerator", invocation: Invocation[Any], run: Ru
         told = ", ".join(f"{name} {was} then, {now} now" for name, (was, now) in changed.items())
         print(f"{path} was written by other code ({told}); what follows may differ in its last digits", flush=True)
     return found
+
+
+def _refuse_other_shapes(objective: Objective, path: Path) -> None:
+    """A setting that `--allow` admits may still change what weights there are."""
+    from safetensors import safe_open
+
+    with safe_open(path / checkpoints.WEIGHTS, "pt") as file:
+        theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118  # it is no dictionary
+    ours = {name: tuple(value.shape) for name, value in objective.state_dict().items()}
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            raise CheckpointError(f"{path} has {name} of shape {theirs.get(name)}, this run {ours.get(name)}; use another --out")
 
 
 def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:

@@ -31,6 +31,7 @@ from tinyruns import (
     golden,
     lines,
     losses,
+    make_tokenizer,
     members,
     run_here,
     start,
@@ -526,6 +527,14 @@ def test_work_and_memory_of_an_image_do_not_depend_on_the_batch(world, tmp_path,
         told.append(re.search(r"work: (\S+) MMAC an image", capsys.readouterr().out)[1])
     assert len(set(told)) == 1
     assert float(told[0]) > 1
+
+
+def test_a_setting_that_is_allowed_and_changes_shapes_is_refused_with_both(world, tmp_path):
+    run_here("beit", beit_arguments(world, tmp_path / "run", train__steps=2))
+    other = make_tokenizer(tmp_path / "tokenizer", world / "data", codes=8)
+    words = beit_arguments(world, tmp_path / "run", train__steps=2, tokenizer__path=other)
+    with pytest.raises(CheckpointError, match=r"has head\.linear\.bias of shape \(16,\), this run \(8,\); use another --out"):
+        run_here("beit", [*words, "--allow", "tokenizer.path"])
 
 
 def test_a_run_that_is_resumed_from_an_older_checkpoint_leaves_the_other_branch(world, tmp_path):
