@@ -153,6 +153,10 @@ class TimedStream:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return self.run(len(self))
 
+    def example(self, images: int) -> dict[str, Any]:
+        """What one step's work is counted on before the first."""
+        return {name: value[:images] for name, value in next(self.batches).items()}
+
     def run(self, stop: int) -> Iterator[dict[str, Any]]:
         """All rounds, then the end."""
         for round_ in range(self.rounds + 1):
@@ -166,8 +170,8 @@ class TimedStream:
         raise StoppedError
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing is resumed here."""
-        return {}
+        """At the start: nothing is resumed here."""
+        return {"epoch": 0, "samples": 0}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Nothing is resumed here."""
