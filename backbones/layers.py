@@ -4,7 +4,7 @@ Legend: B batch, C channels, H W pixels, P Q mask grid, h w feature grid, N = h*
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from mimetic.backbones.contract import Grid, hide, repeat_mask, zero_hidden
 from mimetic.engine.errors import SettingError
 
-SLAB = 768  # rows of a weight whose gradient is computed at a time, see Bf16Linear
+SLAB = 768  # rows of a weight whose gradient is computed at a time in bf16, see `TrainedLinear`
 
 
 class Gelu(nn.GELU):
@@ -29,9 +29,13 @@ class Gelu(nn.GELU):
         return torch.ops.aten.gelu_(input, approximate=self.approximate)
 
 
-def mlp(width: int, hidden: int, activation: Callable[[], nn.Module] = Gelu) -> nn.Sequential:
-    """The transformer's two linear layers with an activation between them, on the last axis."""
-    return nn.Sequential(OrderedDict(fc1=Linear(width, hidden), act=activation(), fc2=Linear(hidden, width)))
+def mlp(width: int, hidden: int, approximate: str = "none") -> nn.Sequential:
+    """The transformer's two linear layers with GELU between them, on the last axis.
+
+    Args:
+        approximate: of GELU, as torch spells it.
+    """
+    return nn.Sequential(OrderedDict(fc1=Linear(width, hidden), fc2=GeluLinear(hidden, width, approximate)))
 
 
 def drop_path(branch: Tensor, rate: float, training: bool) -> Tensor:
@@ -65,53 +69,88 @@ def add_branch(x: Tensor, branch: Tensor, gamma_D: Tensor | None, rate: float, t
 
 
 class Linear(nn.Linear):
-    """nn.Linear, trained by `Bf16Linear` under bf16 autocast on a CPU."""
+    """nn.Linear, trained by `TrainedLinear` on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""
         return linear(input, self.weight, self.bias)
 
 
-def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor:
-    """F.linear, by `Bf16Linear` where that is faster."""
-    bf16 = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
-    trained = torch.is_grad_enabled() and weight_NK.requires_grad and weight_NK.dtype == torch.float32
-    if bf16 and trained and x.device.type == "cpu" and not torch.compiler.is_compiling():
-        return Bf16Linear.apply(x, weight_NK, bias_N)
+class GeluLinear(Linear):
+    """A linear layer of GELU(input): the second half of a transformer's MLP.
+
+    Args:
+        approximate: of GELU, as torch spells it.
+    """
+
+    def __init__(self, into: int, out: int, approximate: str = "none") -> None:
+        super().__init__(into, out)
+        self.approximate = approximate
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., K) -> (..., N)."""
+        return linear(input, self.weight, self.bias, self.approximate)
+
+
+def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, gelu: str | None = None) -> Tensor:
+    """F.linear, of GELU(x) where its approximation is named; by `TrainedLinear` where a CPU trains the weight."""
+    autocast = torch.is_autocast_enabled("cpu")
+    dtype = torch.get_autocast_dtype("cpu") if autocast else weight_NK.dtype
+    trained = torch.is_grad_enabled() and weight_NK.requires_grad and (autocast or x.dtype == dtype)
+    if trained and x.device.type == "cpu" and not torch.compiler.is_compiling():
+        return TrainedLinear.apply(x, weight_NK, bias_N, dtype, gelu)
+    if gelu is not None:
+        # without a gradient over its input, which the layer before has just made: large maps cost memory's time
+        x = F.gelu(x, approximate=gelu) if torch.is_grad_enabled() else torch.ops.aten.gelu_(x, approximate=gelu)
     return F.linear(x, weight_NK, bias_N)
 
 
-class Bf16Linear(torch.autograd.Function):
-    """A linear layer in bf16 with float32 weights, as autocast computes it.
+class TrainedLinear(torch.autograd.Function):
+    """A linear layer as autocast computes it, for a CPU: faster on the way back, and keeping less for it.
 
-    The weight's gradient is a product over all rows, and oneDNN takes twice as long for it as for the product forwards: it packs a
+    GELU before it is computed again for the way back: kept, what it puts out would be a fourth of all that a transformer's block keeps.
+    The bias's gradient is a product with ones, which runs at memory's rate; a sum over rows takes twice as long.
+    In bf16 the weight's gradient, a product over all rows, takes oneDNN twice as long as the product forwards: it packs a
     transposed operand slowly. Transposing the narrower of the two operands first, and the result on its way to float32, is faster.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None) -> Tensor:
-        """(..., K) -> (..., N), bf16."""
-        ctx.dtype, ctx.has_bias = x.dtype, bias_N is not None
-        x = x.bfloat16()
+    def forward(ctx: Any, x: Tensor, weight_NK: Tensor, bias_N: Tensor | None, dtype: torch.dtype, gelu: str | None) -> Tensor:
+        """(..., K) -> (..., N), of `dtype`."""
+        ctx.dtype, ctx.has_bias, ctx.gelu = x.dtype, bias_N is not None, gelu
+        x = x.to(dtype)
         ctx.save_for_backward(x, weight_NK)  # to round the weight again takes less than a hundredth of the step, to keep it 2 bytes each
-        return F.linear(x, weight_NK.bfloat16(), None if bias_N is None else bias_N.bfloat16())
+        x = x if gelu is None else F.gelu(x, approximate=gelu)
+        return F.linear(x, weight_NK.to(dtype), None if bias_N is None else bias_N.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of input, weight and bias."""
         x, weight_NK = ctx.saved_tensors
-        of_x = (gradient @ weight_NK.bfloat16()).to(ctx.dtype) if ctx.needs_input_grad[0] else None
-        of_output_MN, x_MK = gradient.flatten(0, -2), x.flatten(0, -2)
-        if len(weight_NK) <= weight_NK.shape[1]:
-            of_weight_NK = (of_output_MN.T.contiguous() @ x_MK).float()
-        else:
-            of_weight_NK = torch.empty(weight_NK.shape, dtype=torch.float32)
-            x_KM = x_MK.T.contiguous()
-            for first in range(0, len(weight_NK), SLAB):  # what is transposed then still lies in the core's cache
-                of_weight_NK[first : first + SLAB].copy_((x_KM @ of_output_MN[:, first : first + SLAB]).T)
-        of_bias_N = of_output_MN.sum(0).float() if ctx.has_bias else None
-        return of_x, of_weight_NK, of_bias_N
+        kept = x if ctx.gelu is None else F.gelu(x, approximate=ctx.gelu)
+        of_output_MN, x_MK = gradient.flatten(0, -2), kept.flatten(0, -2)
+        of_weight_NK = _weight_gradient(of_output_MN, x_MK, weight_NK.dtype)
+        of_bias_N = (of_output_MN.new_ones(1, len(of_output_MN)) @ of_output_MN)[0].to(weight_NK.dtype) if ctx.has_bias else None
+        if not ctx.needs_input_grad[0]:
+            return None, of_weight_NK, of_bias_N, None, None
+        of_x = gradient @ weight_NK.to(gradient.dtype)
+        if ctx.gelu is not None:
+            of_x = torch.ops.aten.gelu_backward.grad_input(of_x, x, approximate=ctx.gelu, grad_input=of_x)
+        return of_x.to(ctx.dtype), of_weight_NK, of_bias_N, None, None
+
+
+def _weight_gradient(of_output_MN: Tensor, x_MK: Tensor, dtype: torch.dtype) -> Tensor:
+    """(N, K) of `dtype`; see `TrainedLinear`."""
+    if of_output_MN.dtype == dtype:
+        return of_output_MN.T @ x_MK
+    rows, columns = of_output_MN.shape[1], x_MK.shape[1]
+    if rows <= columns:
+        return (of_output_MN.T.contiguous() @ x_MK).to(dtype)
+    of_weight_NK, x_KM = x_MK.new_empty(rows, columns, dtype=dtype), x_MK.T.contiguous()
+    for first in range(0, rows, SLAB):  # what is transposed then still lies in the core's cache
+        of_weight_NK[first : first + SLAB].copy_((x_KM @ of_output_MN[:, first : first + SLAB]).T)
+    return of_weight_NK
 
 
 class KeylessBiasLinear(nn.Linear):

@@ -200,7 +200,7 @@ class GroupedTransformer(nn.Module):
         self.norm1 = layer_norm(width)
         self.attn = GroupedAttention(width, group, grid, window)
         self.norm2 = layer_norm(width)
-        self.mlp = mlp(width, 4 * width, gelu)
+        self.mlp = mlp(width, 4 * width, "tanh")
         self.drop_path = drop_path
 
     def forward(self, x_BhwD: Tensor) -> Tensor:

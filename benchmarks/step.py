@@ -177,7 +177,7 @@ class TimedStream:
         """Nothing is resumed here."""
 
 
-def demo(rounds: int) -> None:
+def demo(bf16: bool, rounds: int) -> None:
     """The demo's ViT: `mimetic.engine.loop.train` itself, with meters and log lines, against a loop of ten lines around timm's modules."""
     dvae = DVAE(256, 4, 1).eval().requires_grad_(False)
     batches, model = demo_batches(), PlainViT(dvae)
@@ -185,7 +185,8 @@ def demo(rounds: int) -> None:
 
     def plain() -> None:
         for _ in range(DEMO_STEPS):
-            loss = model(next(batches))
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model(next(batches))
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), CLIP)
             optimizer.step()
@@ -193,12 +194,13 @@ def demo(rounds: int) -> None:
         loss.item()
 
     stream = TimedStream(batches, plain, rounds)
-    settings, optim = TrainSettings(steps=10_000, log_every=DEMO_STEPS), OptimSettings(lr=1e-3)
+    precision = "bf16" if bf16 else "fp32"
+    settings, optim = TrainSettings(steps=10_000, log_every=DEMO_STEPS, precision=precision), OptimSettings(lr=1e-3)
     recipe = BeitRecipe(DataSettings(index="noise", batch_size=DEMO_BATCH), settings, optim, TokenizerSettings("none"))
     with tempfile.TemporaryDirectory() as folder, contextlib.suppress(StoppedError):
         train(demo_objective(dvae), stream, invocation=Invocation(recipe, Path(folder), None), kind="pretrain",
               accelerator=start(settings, optim, DEMO_BATCH), title="the demo's size")  # fmt: skip
-    print(f"ViT of width 96, depth 4, 49 tokens, batch {DEMO_BATCH}, fp32, the dVAE's time included on both sides")
+    print(f"ViT of width 96, depth 4, 49 tokens, batch {DEMO_BATCH}, {precision}, the dVAE's time included on both sides")
     for name, values in stream.rates.items():
         print(f"  {name:13} {statistics.median(values):7.0f} images/s")
     ratio(stream.rates, "ours", "plain", GOALS["plain"])
@@ -248,7 +250,7 @@ def processes(size: str, rounds: int) -> None:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["beit", "demo", "processes"], help="default: beit and demo")
-    parser.add_argument("--precision", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"], help="of beit")
+    parser.add_argument("--precision", nargs="+", choices=["bf16", "fp32"], default=["bf16", "fp32"], help="of beit and demo")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2, help="of beit and demo")
     parser.add_argument("--compile", action="store_true", help="beit: torch.compile ours and theirs")
@@ -269,7 +271,8 @@ def main() -> None:
             if not given.compile:
                 memory(precision == "bf16")
     if given.what in (None, "demo"):
-        demo(2 * given.rounds)
+        for precision in given.precision:
+            demo(precision == "bf16", 2 * given.rounds)
     if given.what == "processes":
         processes(given.size, given.rounds)
 

@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -67,7 +67,8 @@ class ShardCache:
                         fetch(address, part, size, sha256)
                         with part.open("rb") as content:
                             os.fsync(content.fileno())
-                        part.rename(file)
+                        with self._counting():
+                            part.rename(file)
         except OSError as error:
             if disk_is_full(error):
                 raise DataError(f"{self.folder}: the disk is full; free some space, or give data.cache another folder") from None
@@ -76,7 +77,8 @@ class ShardCache:
 
     def name_by_content(self, address: str, sha256: str) -> None:
         """Names a copy by its content, once that is known: what lies at the address may change, and is then fetched anew."""
-        os.replace(self.file(address, None), self.file(address, sha256))
+        with self._counting():
+            os.replace(self.file(address, None), self.file(address, sha256))
 
     def holds(self, file: Path) -> bool:
         """Whether a file lies, or lay, here."""
@@ -106,7 +108,7 @@ class ShardCache:
         """
         freed = 0
         while True:
-            with _locked(self.folder / "evicting"):
+            with self._counting():
                 copies, under_way = self._contents()
                 excess = sum(entry.st_size for _, entry in copies) + sum(under_way.values()) - self.limit
                 for other in [other for other in under_way if other != part and excess > 0]:
@@ -120,6 +122,10 @@ class ShardCache:
             if excess <= 0 or is_first:
                 return
             time.sleep(0.2)
+
+    def _counting(self) -> AbstractContextManager[Any]:
+        """While one process counts what is here, no copy changes its name: a listing may miss it under both."""
+        return _locked(self.folder / "evicting")
 
     def _contents(self) -> tuple[list[tuple[Path, os.stat_result]], dict[Path, int]]:
         copies, under_way = [], {}

@@ -21,6 +21,7 @@ from faulty_server import FaultyServer, serving, start_elsewhere
 from imagesets import grey_folder
 from tinyruns import files_of_at_most, wait_until
 
+from mimetic.data import cache as cache_module
 from mimetic.data import fetch as fetch_module
 from mimetic.data import index as index_module
 from mimetic.data.cache import ShardCache
@@ -299,6 +300,26 @@ def test_shards_elsewhere_give_the_same_batches_and_are_fetched_once(server, pac
         assert keys_of(there) == keys_of(here)
     shards = {f"set/{shard['name']}" for shard in index.shards}
     assert {name: count for name, count in server.asked.items() if name in shards} == dict.fromkeys(shards, 1)
+
+
+def test_no_copy_changes_its_name_while_another_process_counts_them(server, tmp_path, monkeypatch):
+    cache, whole, counting = ShardCache(tmp_path / "cache"), threading.Event(), threading.Event()
+
+    def fetch_and_wait(*what):
+        fetch(*what)
+        whole.set()
+        counting.wait(30)
+
+    monkeypatch.setattr(cache_module, "fetch", fetch_and_wait)
+    with ThreadPoolExecutor(1) as pool:
+        fetched = pool.submit(cache.fetched, f"{server.address}/0.tar", **of(0))
+        assert whole.wait(30)
+        with (cache.folder / "evicting").open("ab") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            counting.set()
+            time.sleep(0.3)
+            assert not list(cache.folder.glob("*.tar"))
+        assert fetched.result(30).read_bytes() == content(0)
 
 
 @pytest.mark.parametrize("factor", [1.05, 2])
