@@ -17,6 +17,7 @@ from mimetic.backbones.contract import Grid, hide, repeat_mask, zero_hidden
 from mimetic.engine.errors import SettingError
 
 SLAB = 768  # rows of a weight whose gradient is computed at a time in bf16, see `TrainedLinear`
+WIDE = 512  # outputs from which on a layer's products in float32 take a hundred times as long as GELU before it
 
 
 class Gelu(nn.GELU):
@@ -93,11 +94,13 @@ class GeluLinear(Linear):
 
 
 def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, gelu: str | None = None) -> Tensor:
-    """F.linear, of GELU(x) where its approximation is named; by `TrainedLinear` where a CPU trains the weight."""
+    """F.linear, of GELU(x) where its approximation is named; by `TrainedLinear` where a CPU trains the weight and gains by it."""
     autocast = torch.is_autocast_enabled("cpu")
-    dtype = torch.get_autocast_dtype("cpu") if autocast else weight_NK.dtype
-    trained = torch.is_grad_enabled() and weight_NK.requires_grad and (autocast or x.dtype == dtype)
-    if trained and x.device.type == "cpu" and not torch.compiler.is_compiling():
+    dtype = torch.get_autocast_dtype("cpu") if autocast else x.dtype
+    rounded = autocast and dtype == torch.bfloat16 and weight_NK.dtype == torch.float32
+    leaner = gelu is not None and len(weight_NK) >= WIDE and dtype == weight_NK.dtype
+    trained = torch.is_grad_enabled() and weight_NK.requires_grad and x.device.type == "cpu"
+    if trained and (rounded or leaner) and not torch.compiler.is_compiling():
         return TrainedLinear.apply(x, weight_NK, bias_N, dtype, gelu)
     if gelu is not None:
         # without a gradient over its input, which the layer before has just made: large maps cost memory's time
@@ -106,12 +109,12 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None, gelu: str
 
 
 class TrainedLinear(torch.autograd.Function):
-    """A linear layer as autocast computes it, for a CPU: faster on the way back, and keeping less for it.
+    """A linear layer as autocast computes it, for a CPU: in float32 it keeps less for the way back, in bf16 it is faster on it.
 
-    GELU before it is computed again for the way back: kept, what it puts out would be a fourth of all that a transformer's block keeps.
-    The bias's gradient is a product with ones, which runs at memory's rate; a sum over rows takes twice as long.
-    In bf16 the weight's gradient, a product over all rows, takes oneDNN twice as long as the product forwards: it packs a
-    transposed operand slowly. Transposing the narrower of the two operands first, and the result on its way to float32, is faster.
+    In float32 GELU before it is computed again: kept, what it puts out would be a fifth of all that a transformer's block keeps. In
+    bf16, where products are fast, that would take too large a share of the time. There the weight's gradient, a product over all
+    rows, takes oneDNN twice as long as the product forwards: it packs a transposed operand slowly. Transposing the narrower of the
+    two operands first, and the result on its way to float32, is faster.
     """
 
     @staticmethod
@@ -119,19 +122,22 @@ class TrainedLinear(torch.autograd.Function):
         """(..., K) -> (..., N), of `dtype`."""
         ctx.dtype, ctx.has_bias, ctx.gelu = x.dtype, bias_N is not None, gelu
         x = x.to(dtype)
-        ctx.save_for_backward(x, weight_NK)  # to round the weight again takes less than a hundredth of the step, to keep it 2 bytes each
-        x = x if gelu is None else F.gelu(x, approximate=gelu)
-        return F.linear(x, weight_NK.to(dtype), None if bias_N is None else bias_N.to(dtype))
+        activated = x if gelu is None else F.gelu(x, approximate=gelu)
+        again = gelu is None or dtype == weight_NK.dtype
+        # to round the weight again takes less than a hundredth of the step, to keep it 2 bytes each
+        ctx.save_for_backward(x, weight_NK, None if again else activated)
+        return F.linear(activated, weight_NK.to(dtype), None if bias_N is None else bias_N.to(dtype))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         """Gradients of input, weight and bias."""
-        x, weight_NK = ctx.saved_tensors
-        kept = x if ctx.gelu is None else F.gelu(x, approximate=ctx.gelu)
-        of_output_MN, x_MK = gradient.flatten(0, -2), kept.flatten(0, -2)
-        of_weight_NK = _weight_gradient(of_output_MN, x_MK, weight_NK.dtype)
-        of_bias_N = (of_output_MN.new_ones(1, len(of_output_MN)) @ of_output_MN)[0].to(weight_NK.dtype) if ctx.has_bias else None
+        x, weight_NK, activated = ctx.saved_tensors
+        if activated is None:
+            activated = x if ctx.gelu is None else F.gelu(x, approximate=ctx.gelu)
+        of_output_MN = gradient.flatten(0, -2)
+        of_weight_NK = _weight_gradient(of_output_MN, activated.flatten(0, -2), weight_NK.dtype)
+        of_bias_N = of_output_MN.sum(0).to(weight_NK.dtype) if ctx.has_bias else None
         if not ctx.needs_input_grad[0]:
             return None, of_weight_NK, of_bias_N, None, None
         of_x = gradient @ weight_NK.to(gradient.dtype)
