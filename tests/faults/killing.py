@@ -82,11 +82,12 @@ class Training:
         else:
             kill_one_rank(process, dice)
             gone(process)
-        hit = alive and not (self.run / "finished.json").exists()
+        finished = (self.run / "finished.json").exists()
+        hit = alive and not finished
         half = [path.name for path in (self.run / "checkpoints").glob(".step-*")]
         print(f"{self.run.name}: {kind}, {delay * 1e3:.0f} ms, {victim}: {'killed' if hit else 'MISSED'}, losses before {already}, "
               f"now {len(losses(self.run))}, half-written {half}", flush=True)  # fmt: skip
-        assert hit or process.returncode == 0, self.said.read_text()[-5000:]
+        assert hit or finished or process.returncode == 0, self.said.read_text()[-5000:]
         return hit
 
     def killed_for_sure(self, dice: random.Random, kind: str, victim: str = "all") -> None:
@@ -108,7 +109,7 @@ def moment(training: Training, dice: random.Random, kind: str) -> tuple[Callable
     """When to kill: a condition to wait for, and seconds after it.
 
     Args:
-        kind: start (anywhere between the start of the process and its first steps), step (after some more steps), writing (a
+        kind: start (in the first two seconds, or around the first steps), step (after some more steps), writing (a
             checkpoint is being written), evaluation (right after the checkpoint that comes before one), saved (the last checkpoint is
             there), measured (the last record is), leaving (the folder that the run leaves is being written).
     """
@@ -121,7 +122,10 @@ def moment(training: Training, dice: random.Random, kind: str) -> tuple[Callable
     if done == STEPS and kind in ("step", "writing", "evaluation", "saved"):
         kind = "leaving"
     if kind == "start":
-        return (lambda: True), dice.uniform(0, 5)
+        if dice.random() < 0.5:
+            return (lambda: True), dice.uniform(0, 2)
+        before = writer_of(run)
+        return (lambda: writer_of(run) != before), dice.uniform(0, 0.5)
     if kind == "step":
         target = min(STEPS - 1, len(losses(run)) + dice.randint(1, 6))  # lines of before the last kill are there until it goes on
         return (lambda: len(losses(run)) >= target), dice.uniform(0, 0.03)
@@ -167,9 +171,16 @@ def gone(process: "subprocess.Popen[str]") -> None:
 def kill_writer(process: "subprocess.Popen[str]", run: Path) -> None:
     """SIGKILL at once to the process that writes into the run folder: to look for all others takes longer than a checkpoint."""
     with contextlib.suppress(OSError, ValueError):
-        writer = int((run / ".lock").read_text())
+        writer = int(writer_of(run))
         if process.mark in Path(f"/proc/{writer}/environ").read_bytes().split(b"\0"):  # type: ignore[attr-defined]  # ours, and alive
             os.kill(writer, signal.SIGKILL)
+
+
+def writer_of(run: Path) -> str:
+    """The process that wrote into the run folder last."""
+    with contextlib.suppress(OSError):
+        return (run / ".lock").read_text()
+    return ""
 
 
 def kill_one_rank(process: "subprocess.Popen[str]", dice: random.Random) -> None:
