@@ -70,7 +70,7 @@ def add_branch(x: Tensor, branch: Tensor, gamma_D: Tensor | None, rate: float, t
 
 
 class Linear(nn.Linear):
-    """nn.Linear, trained by `TrainedLinear` on a CPU."""
+    """nn.Linear, trained by `TrainedLinear` in bf16 on a CPU."""
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., K) -> (..., N)."""

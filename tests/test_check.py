@@ -156,8 +156,7 @@ def test_too_many_bad_images_stop_all_processes_and_leave_nothing(tmp_path):
     source = grey_folder(tmp_path / "src", 20)
     for i in range(0, 20, 2):
         (source / f"{i:04d}.png").write_bytes(b"rubbish")
-    # the other process goes on until it is told: it may have found some more, at most all ten
-    with pytest.raises(DataError, match=r"^([5-9]|10) unreadable images, 4 are tolerated"):
+    with pytest.raises(DataError, match=r"^5 unreadable images, 4 are tolerated"):
         pack(source, tmp_path / "out", max_bad=0.2, samples_per_shard=2, workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["src"]
 

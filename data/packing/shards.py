@@ -113,7 +113,7 @@ def write_shard(shard: Shard, tally: Tally) -> None:
             except (OSError, ValueError) as error:
                 reason = " ".join((getattr(error, "strerror", None) or str(error) or "unreadable").split())
                 rejected.append((as_line(item.path), as_line(reason)))
-                bad = tally.add(1, item.size, 1)
+                bad = tally.add_bad(item.size, shard.allowed)
                 if bad > shard.allowed:
                     raise too_many(bad, shard.allowed, *rejected[-1]) from None
                 continue

@@ -35,18 +35,31 @@ class Tally:
     def __init__(self, numbers: Any, lock: Any, told: Callable[[int, int], None] | None = None) -> None:
         self.numbers, self.lock, self.told = numbers, lock, told
 
-    def add(self, images: int, size: int, bad: int = 0) -> int:
-        """Adds to the account; returns how many bad ones there are by now.
+    def add(self, images: int, size: int) -> None:
+        """Adds to the account.
 
         Raises:
-            Stopped: `stop` was called, in whichever process.
+            Stopped: the work was ended, in whichever process.
         """
+        self._add(images, size, 0, 0)
+
+    def add_bad(self, size: int, allowed: int) -> int:
+        """Adds a bad image; returns how many there are by now. One more than `allowed` ends the work of all processes.
+
+        Raises:
+            Stopped: the work was ended, in whichever process: so one alone sees more than are allowed.
+        """
+        return self._add(1, size, 1, allowed)
+
+    def _add(self, images: int, size: int, bad: int, allowed: int) -> int:
         with self.lock:
+            if self.numbers[3]:
+                raise Stopped
             for place, more in enumerate((images, size, bad)):
                 self.numbers[place] += more
-            total, stopped = self.numbers[2], self.numbers[3]
-        if stopped:
-            raise Stopped
+            total = self.numbers[2]
+            if bad and total > allowed:
+                self.numbers[3] = 1
         if self.told:
             self.told(self.numbers[0], self.numbers[1])
         return total
@@ -97,6 +110,8 @@ def run_all(work: Callable[[Task, Tally], Result], tasks: Sequence[Task], worker
                 done, pending = wait(pending, LOOK_EVERY, FIRST_COMPLETED)
                 told(tally.numbers[0], tally.numbers[1])
                 for failure in filter(None, (future.exception() for future in done)):
+                    if isinstance(failure, Stopped):  # by one whose failure is still to come
+                        continue
                     if isinstance(failure, BrokenProcessPool):
                         raise DataError(f"one of {workers} workers was killed (by lack of memory?); give fewer --workers") from None
                     raise failure

@@ -87,7 +87,7 @@ class Training:
         half = [path.name for path in (self.run / "checkpoints").glob(".step-*")]
         print(f"{self.run.name}: {kind}, {delay * 1e3:.0f} ms, {victim}: {'killed' if hit else 'MISSED'}, losses before {already}, "
               f"now {len(losses(self.run))}, half-written {half}", flush=True)  # fmt: skip
-        assert hit or finished or process.returncode == 0, self.said.read_text()[-5000:]
+        assert hit or (alive and finished) or process.returncode == 0, self.said.read_text()[-5000:]
         return hit
 
     def killed_for_sure(self, dice: random.Random, kind: str, victim: str = "all") -> None:
