@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from mimetic.backbones.contract import Backbone
     from mimetic.data.stream import ShardStream
-    from mimetic.tokenizers.dvae import DVAE
+    from mimetic.tokenizers.contract import ImageTokenizer
 
 __version__ = "0.1.0"
 __all__ = ["create_backbone", "list_backbones", "load_backbone", "open_shards", "open_tokenizer"]
@@ -43,7 +43,7 @@ def load_backbone(path: "str | Path", image_size: "int | Sequence[int] | None" =
     return load_backbone(path, image_size, in_channels)
 
 
-def open_tokenizer(path_or_name: "str | Path") -> "DVAE":
+def open_tokenizer(path_or_name: "str | Path") -> "ImageTokenizer":
     """A frozen image tokenizer from its folder or its run; see `mimetic.tokenizers.files.open_tokenizer`."""
     from mimetic.tokenizers.files import open_tokenizer
 

@@ -63,6 +63,9 @@ def replay(folder: Path, process: int | None) -> bool:
 
 
 def _build(folder: Path, kind: str, device: "torch.device") -> "tuple[Objective, Any]":
+    """What the recipe trains: its own section tells the script."""
+    import yaml
+
     from mimetic.data.opening import open_data, open_labelled
     from mimetic.engine.capsules import RECIPE
     from mimetic.finetune import classify
@@ -72,17 +75,17 @@ def _build(folder: Path, kind: str, device: "torch.device") -> "tuple[Objective,
     from mimetic.tokenizers import train_dvae
     from mimetic.tokenizers.recipe import DvaeRecipe
 
-    words = ["--config", str(folder / RECIPE), "--out", str(folder)]
-    if kind == "pretrain":
-        pretraining = parse(BeitRecipe, example="", argv=words).recipe
-        return beit.build(pretraining, open_data(pretraining.data), device)[0], pretraining
-    if kind == "classify":
-        classifying = parse(ClassifyRecipe, example="", argv=words).recipe
-        return classify.build(classifying, open_labelled(classifying.data), device), classifying
-    if kind == "tokenizer":
-        tokenizing = parse(DvaeRecipe, example="", argv=words).recipe
-        return train_dvae.build(tokenizing, open_data(tokenizing.data), device), tokenizing
-    raise CheckpointError(f"{folder} is of a {kind} run; this version replays pretrain, classify and tokenizer")
+    scripts: dict[str, tuple[Any, Any]] = {  # sections of recipes, the most particular first
+        "dvae": (DvaeRecipe, lambda recipe: train_dvae.build(recipe, open_data(recipe.data), device)),
+        "labels": (ClassifyRecipe, lambda recipe: classify.build(recipe, open_labelled(recipe.data), device)),
+        "tokenizer": (BeitRecipe, lambda recipe: beit.build(recipe, open_data(recipe.data), device).objective),
+    }
+    settings = yaml.safe_load((folder / RECIPE).read_text())
+    for section, (recipe_class, build) in scripts.items():
+        if section in settings:
+            recipe = parse(recipe_class, example="", argv=["--config", str(folder / RECIPE), "--out", str(folder)]).recipe
+            return build(recipe), recipe
+    raise CheckpointError(f"{folder} is of a {kind} run that this version cannot replay")
 
 
 class _Watched:

@@ -58,6 +58,11 @@ def _channels_first(array_HWC: NDArray[np.uint8]) -> torch.Tensor:
     return torch.from_numpy(array_HWC).permute(2, 0, 1)
 
 
+def in_unit_range(image: torch.Tensor) -> torch.Tensor:
+    """float32 in [0, 1] of pixels as streams carry them, on the device where they are: 8 bits of 0 to 255, floats as they are."""
+    return image.float() / 255 if image.dtype == torch.uint8 else image.float()
+
+
 def cut(image_CHW: torch.Tensor, box: Box) -> torch.Tensor:
     """What lies in a box."""
     top, left, height, width = box

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mimetic.data.jitter import jittered
 from mimetic.data.jpeg import Box
 from mimetic.data.masks import MaskGenerator
-from mimetic.data.picture import Picture, cut
+from mimetic.data.picture import Picture, cut, in_unit_range
 from mimetic.data.randomness import mix, uniform
 from mimetic.engine.errors import SettingError
 
@@ -90,6 +90,9 @@ class Augmentation:
         moves = np.floor(uniform(seeds_B[:, None], SHIFT, np.arange(2)) * (2 * self.shift + 1)).astype(int).tolist()
         padded = [F.pad(image.pixels() if isinstance(image, Picture) else image, [self.shift] * 4) for image in images]
         return [cut(wide, (y, x, *image.shape[-2:])) for wide, image, (y, x) in zip(padded, images, moves, strict=True)]
+
+
+UNALTERED = Augmentation((1.0, 1.0), flip=0.0)
 
 
 class PretrainViews:
@@ -188,4 +191,4 @@ class Normalize(nn.Module):
 
     def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         """float32 BCHW."""
-        return (image_BCHW.float() / 255 - self.mean_C11) / self.std_C11
+        return (in_unit_range(image_BCHW) - self.mean_C11) / self.std_C11

@@ -48,6 +48,11 @@ class Objective(nn.Module):
         """Plain values that checkpoints keep, so that a backbone can be taken from them without data; empty where there is none."""
         return {}
 
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """Details that records of held-out images bear beside the numbers."""
+        return {}
+
     def begin_step(self, step: int, steps: int) -> None:
         """Told before each step how many of all steps are done: for annealing."""
 

@@ -4,16 +4,15 @@ from typing import TYPE_CHECKING
 
 from mimetic.engine.config import Invocation, parse
 from mimetic.engine.errors import SettingError
-from mimetic.engine.run import Run
-from mimetic.engine.runtime import run_entry, start
+from mimetic.engine.runtime import run_entry
 from mimetic.pretrain.recipe import BeitRecipe
+from mimetic.pretrain.running import Pretraining, finished, run_pretraining
 
 if TYPE_CHECKING:
     import torch
 
     from mimetic.data.index import Index
     from mimetic.data.mixture import Mixture
-    from mimetic.pretrain.mim import MaskedImageModeling
 
 EXAMPLE = "accelerate launch pretrain/beit.py --config launch/recipes/demo_pretrained.yaml --out runs/beit"
 
@@ -21,14 +20,17 @@ EXAMPLE = "accelerate launch pretrain/beit.py --config launch/recipes/demo_pretr
 def main() -> None:
     """Entry point."""
     invocation = parse(BeitRecipe, example=EXAMPLE)
-    if Run(invocation, "pretrain").finished:
-        print(f"{invocation.out} is finished: this very recipe has been trained there; its backbone is {invocation.out}/backbone")
-        return
-    pretrain(invocation)
+    if not finished(invocation):
+        pretrain(invocation)
 
 
-def build(recipe: BeitRecipe, index: "Index | Mixture", device: "torch.device") -> "tuple[MaskedImageModeling, int]":
-    """The objective, and the side in pixels of the tokenizer's view.
+def pretrain(invocation: Invocation[BeitRecipe]) -> None:
+    """Trains, and leaves the backbone in `RUN/backbone`."""
+    run_pretraining(invocation, build)
+
+
+def build(recipe: BeitRecipe, index: "Index | Mixture", device: "torch.device") -> Pretraining:
+    """Tokenizer, backbone, head, and the views that they see.
 
     Raises:
         SettingError: tokenizer, backbone and data do not fit each other.
@@ -36,11 +38,12 @@ def build(recipe: BeitRecipe, index: "Index | Mixture", device: "torch.device") 
     import torch
 
     from mimetic.backbones.catalog import create_backbone
-    from mimetic.data.views import Normalize
+    from mimetic.data.masks import mask_generator
+    from mimetic.data.views import UNALTERED, Augmentation, Normalize, PretrainViews
     from mimetic.pretrain.mim import MaskedImageModeling, TokenHead, check_grids
     from mimetic.tokenizers.files import open_tokenizer
 
-    tokenizer, settings, views = open_tokenizer(recipe.tokenizer.path), recipe.backbone, recipe.views
+    tokenizer, settings, views, mask = open_tokenizer(recipe.tokenizer.path), recipe.backbone, recipe.views, recipe.mask
     if tokenizer.in_channels != index.channels:
         raise SettingError(f"the tokenizer {recipe.tokenizer.path} reads images of {tokenizer.in_channels} channels, those of "
                            f"{recipe.data.named} have {index.channels}; train a tokenizer on them")  # fmt: skip
@@ -53,57 +56,15 @@ def build(recipe: BeitRecipe, index: "Index | Mixture", device: "torch.device") 
     if target_size % tokenizer.stride:
         raise SettingError(f"views.target_size {target_size} is no multiple of the tokenizer's stride {tokenizer.stride}; use "
                            f"{backbone.mask_grid[0] * tokenizer.stride}")  # fmt: skip
-    scale = check_grids(backbone, (target_size // tokenizer.stride,) * 2, tokenizer.stride)
-    head = TokenHead(backbone.embed_dim, tokenizer.vocab_size, recipe.mask.count, scale)
+    grid = (target_size // tokenizer.stride,) * 2
+    head = TokenHead(backbone.embed_dim, tokenizer.vocab_size, mask.count, check_grids(backbone, grid, tokenizer.stride))
     normalize = Normalize(tuple(views.mean or index.mean), tuple(views.std or index.std)).for_channels(index.channels)
-    return MaskedImageModeling(backbone, tokenizer, head, normalize, device), target_size
 
-
-def pretrain(invocation: Invocation[BeitRecipe]) -> None:
-    """Builds the parts, trains, and leaves the backbone in `RUN/backbone`."""
-    recipe = invocation.recipe
-    accelerator = start(recipe.train, recipe.optim, recipe.data.batch_size)
-
-    from mimetic.backbones.files import save_backbone
-    from mimetic.data.masks import mask_generator
-    from mimetic.data.opening import open_data, open_held_out
-    from mimetic.data.stream import ShardStream
-    from mimetic.data.views import Augmentation, PretrainViews
-    from mimetic.engine.loop import Evaluation, train
-    from mimetic.pretrain.evaluate import masked_accuracy
-
-    index = open_data(recipe.data)
-    held_out = open_held_out(recipe.evaluate_on, index) if recipe.evaluate_on else index
-    views, mask = recipe.views, recipe.mask
-    objective, target_size = build(recipe, index, accelerator.device)
-    backbone, normalize, grid = objective.backbone, objective.normalize, (target_size // objective.tokenizer.stride,) * 2
     masks = mask_generator(grid, mask.count, kind=mask.kind, min_block=mask.min_block, aspect=mask.aspect, unit=mask.unit)
     augmentation = Augmentation((views.crop_low, views.crop_high), views.shift, views.flip, views.jitter)
-    ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
-    training = PretrainViews(backbone.image_size[0], target_size, augmentation, masks)
-    stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=training,
-                         accumulate=recipe.train.accumulate, **ranks, **recipe.data.shuffling)  # fmt: skip
-
-    plain = PretrainViews(backbone.image_size[0], target_size, Augmentation((1.0, 1.0), flip=0.0), masks)
-
-    evaluation = Evaluation(
-        lambda: ShardStream(held_out, 2 * recipe.data.batch_size, shuffle=False, transform=plain, **ranks),
-        lambda batches: masked_accuracy(objective, batches, accelerator.device),
-        best="masked_accuracy",
-    )
-
-    millions = sum(p.numel() for p in backbone.parameters()) / 1e6
-    title = f"BEiT pretraining of {recipe.backbone.name} ({millions:.1f} M parameters) without labels"
-    trained = train(objective, stream, invocation=invocation, kind="pretrain", accelerator=accelerator, title=title,
-                    evaluation=evaluation if recipe.evaluate_on else None,
-                    shown=next(ShardStream(held_out, 12, shuffle=False, transform=plain).run(1)))  # fmt: skip
-    if trained and accelerator.is_main_process:
-        out = invocation.out / "backbone"
-        save_backbone(backbone, out, **normalize.describe())
-        Run(invocation, "pretrain").finish()
-        print(f"pretrained backbone in {out}\nnext: fine-tune it, finetune/classify.py --init.path {invocation.out} (see --help), "
-              f"or take it away, mimetic export {invocation.out} FOLDER")  # fmt: skip
-    accelerator.end_training()
+    training, plain = (PretrainViews(backbone.image_size[0], target_size, each, masks) for each in (augmentation, UNALTERED))
+    title = f"BEiT pretraining of {settings.name} ({sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters) without labels"
+    return Pretraining(MaskedImageModeling(backbone, tokenizer, head, normalize, device), training, plain, title, best="masked_accuracy")
 
 
 if __name__ == "__main__":

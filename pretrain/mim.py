@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mimetic.backbones.contract import Backbone
 from mimetic.backbones.layers import Linear
+from mimetic.data.picture import in_unit_range
 from mimetic.data.views import Normalize
 from mimetic.engine.errors import SettingError
 from mimetic.engine.objective import Objective, StepOutput, frozen
@@ -98,7 +99,7 @@ class MaskedImageModeling(Objective):
 
     def forward(self, batch: Mapping[str, Any]) -> StepOutput:
         """`image`, `target` uint8 (B, C, H, W), `hidden` bool (B, P, Q), `valid` bool (B,)."""
-        ids_BPQ = self.tokenizer.encode(batch["target"].float() / 255)
+        ids_BPQ = self.tokenizer.encode(in_unit_range(batch["target"]))
         features = self.backbone.forward_features(self.normalize(batch["image"]), batch["hidden"])
         logits_MV = self.head(features.map_BDhw, batch["hidden"])
         ids_M = gather_hidden(ids_BPQ.flatten(1)[..., None], batch["hidden"], self.head.count)[:, 0]
@@ -110,19 +111,24 @@ class MaskedImageModeling(Objective):
         codes = torch.zeros(logits_MV.shape[1], device=logits_MV.device).index_add_(0, guess_M, torch.ones_like(valid_M))
         return StepOutput(loss, {"masked_accuracy": accuracy}, {"predicted_codes": codes})
 
+    @property
+    def measured_on(self) -> dict[str, Any]:
+        """What a record of held-out images says beside the number."""
+        return {"hidden": self.head.count, "vocab_size": self.tokenizer.vocab_size}
+
     @torch.no_grad()
     def pictures(self, batch: Mapping[str, Any]) -> np.ndarray:
         """Rows: image, what the encoder sees, its true tokens decoded, predicted tokens at hidden cells decoded."""
-        image, target = batch["image"][:SHOWN], batch["target"][:SHOWN].float() / 255
+        image, target = in_unit_range(batch["image"][:SHOWN]), in_unit_range(batch["target"][:SHOWN])
         hidden = batch["hidden"][:SHOWN]
         side = image.shape[-1] // hidden.shape[-1]
         covered = hidden.repeat_interleave(side, -1).repeat_interleave(side, -2)[:, None]
-        rows = [image.float() / 255, torch.where(covered, 0.5, image.float() / 255)]
+        rows = [image, torch.where(covered, 0.5, image)]
         if hasattr(self.tokenizer, "decode"):
             was_training = self.backbone.training
             self.backbone.eval()
             ids_BPQ = self.tokenizer.encode(target)
-            features = self.backbone.forward_features(self.normalize(image), hidden)
+            features = self.backbone.forward_features(self.normalize(batch["image"][:SHOWN]), hidden)
             guess_M = self.head(features.map_BDhw, hidden).argmax(1)
             self.backbone.train(was_training)
             predicted_BPQ = ids_BPQ.masked_scatter(hidden, guess_M)

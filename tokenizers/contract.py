@@ -17,6 +17,7 @@ class ImageTokenizer(Protocol):
 
     vocab_size: int
     stride: int
+    in_channels: int
 
     def encode(self, image_BCHW: Tensor) -> Tensor:
         """Return ids_BPQ, int64 in [0, V), of images in [0, 1]; SettingError if a side is no multiple of the stride."""

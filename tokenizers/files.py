@@ -1,45 +1,90 @@
-"""An image tokenizer as a folder: `model.safetensors` and `tokenizer.json`."""
+"""An image tokenizer as a folder: `model.safetensors` and `tokenizer.json`, which says what it is and bears the weights' sha256."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import CheckpointError
+from mimetic.tokenizers.contract import ImageTokenizer
 from mimetic.tokenizers.dvae import DVAE
 
 CONFIG, WEIGHTS = "tokenizer.json", "model.safetensors"
+KINDS: dict[str, type] = {"dvae": DVAE}  # what `tokenizer.json` may name; `KIND(**arguments)` has the shapes of the weights
 
 
-def save_tokenizer(tokenizer: DVAE, folder: Path, provenance: dict[str, Any] | None = None) -> None:
-    """Writes the folder; it appears whole or not at all."""
+def save_tokenizer(tokenizer: Any, folder: Path, provenance: dict[str, Any] | None = None) -> None:
+    """Writes the folder; it appears whole or not at all.
+
+    Args:
+        tokenizer: of one of KINDS, with its constructor's arguments as `config`.
+        folder: is written anew.
+        provenance: plain values to keep beside: where the weights come from.
+    """
+    kind = next(name for name, known in KINDS.items() if type(tokenizer) is known)
     temporary = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: value.detach().cpu().contiguous() for name, value in tokenizer.state_dict().items()}, temporary / WEIGHTS)
-    config = {"kind": "dvae", "arguments": tokenizer.config} | (provenance or {})
+    content = save({name: value.detach().cpu().contiguous() for name, value in tokenizer.state_dict().items()})
+    (temporary / WEIGHTS).write_bytes(content)
+    config = {"kind": kind, "arguments": tokenizer.config, "sha256": hashlib.sha256(content).hexdigest()} | (provenance or {})
     write_atomically(temporary / CONFIG, json.dumps(config, indent=1) + "\n")
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
-def open_tokenizer(path: str | Path) -> DVAE:
+def open_tokenizer(path: str | Path) -> ImageTokenizer:
     """A tokenizer from its folder, or from the run folder that trained it: frozen, in eval mode.
 
     Raises:
-        CheckpointError: nothing there, or damaged.
+        CheckpointError: nothing there, of a kind that is not known, or damaged.
+    """
+    folder = find_tokenizer(path)
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+        kind, arguments = config["kind"], config["arguments"]
+        content = (folder / WEIGHTS).read_bytes()
+    except Exception as error:
+        raise _damaged(folder, error) from None
+    if kind not in KINDS:
+        raise CheckpointError(f"{folder}: a tokenizer of kind {str(kind)[:40]!r}; this version opens {', '.join(KINDS)}")
+    if hashlib.sha256(content).hexdigest() != config.get("sha256", hashlib.sha256(content).hexdigest()):
+        raise CheckpointError(f"{folder / WEIGHTS} has sha256 {hashlib.sha256(content).hexdigest()[:12]}..., {CONFIG} says "
+                              f"{str(config['sha256'])[:12]}...: it was damaged or replaced; copy or train it again")  # fmt: skip
+    try:
+        tokenizer = KINDS[kind](**arguments)
+        tokenizer.load_state_dict(load(content))
+    except Exception as error:
+        raise _damaged(folder, error) from None
+    return tokenizer.eval().requires_grad_(False)
+
+
+def find_tokenizer(path: str | Path) -> Path:
+    """The folder that holds a tokenizer: itself, or within the run that trained it.
+
+    Raises:
+        CheckpointError: there is none.
     """
     for folder in (Path(path), Path(path) / "tokenizer"):
         if (folder / CONFIG).exists():
-            break
-    else:
-        raise CheckpointError(f"{path}: no tokenizer there ({CONFIG}); train one with tokenizers/train_dvae.py")
+            return folder
+    raise CheckpointError(f"{path}: no tokenizer there ({CONFIG}); train one with tokenizers/train_dvae.py")
+
+
+def tokenizer_hash(path: str | Path) -> str:
+    """Names a tokenizer by its content: sha256 over what it is and its weights, whatever its folder is called."""
+    folder = find_tokenizer(path)
     try:
-        tokenizer = DVAE(**json.loads((folder / CONFIG).read_text())["arguments"])
-        tokenizer.load_state_dict(load_file(folder / WEIGHTS))
+        config = json.loads((folder / CONFIG).read_text())
+        told = json.dumps([config["kind"], config["arguments"]], sort_keys=True)
+        return hashlib.sha256(told.encode() + hashlib.sha256((folder / WEIGHTS).read_bytes()).digest()).hexdigest()
     except Exception as error:
-        raise CheckpointError(f"{folder} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]})") from None
-    return tokenizer.eval().requires_grad_(False)
+        raise _damaged(folder, error) from None
+
+
+def _damaged(folder: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{folder} is damaged ({type(error).__name__}: {' '.join(str(error).split())[:200]})")

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from mimetic.data.picture import in_unit_range
 from mimetic.engine.objective import Objective, StepOutput
 from mimetic.engine.pictures import contact_sheet
 from mimetic.engine.run import Record
@@ -42,7 +43,7 @@ class DVAEObjective(Objective):
 
     def forward(self, batch: Mapping[str, Any]) -> StepOutput:
         """`image` uint8 (B, C, H, W), `valid` bool (B,)."""
-        image_BCHW = only_valid(batch).float() / 255
+        image_BCHW = in_unit_range(only_valid(batch))
         if self.training and self._restart_seed:
             self._seen = image_BCHW
         loss, metrics = self.dvae.loss(image_BCHW, self._temperature, self._kl_weight)
@@ -63,7 +64,7 @@ class DVAEObjective(Objective):
     @torch.no_grad()
     def pictures(self, batch: Mapping[str, Any]) -> np.ndarray:
         """Rows: images, and what their tokens decode to."""
-        image_BCHW = batch["image"][:SHOWN].float() / 255
+        image_BCHW = in_unit_range(batch["image"][:SHOWN])
         return contact_sheet([image_BCHW, self.dvae.decode(self.dvae.encode(image_BCHW))])
 
 
@@ -88,7 +89,7 @@ def evaluate_tokenizer(dvae: DVAE, batches: Iterable[Mapping[str, Any]], device:
     images = torch.zeros(1, dtype=torch.float64, device=device)
     for batch in batches:
         valid_B = batch["valid"]
-        image_BCHW = batch["image"][valid_B].float() / 255
+        image_BCHW = in_unit_range(batch["image"][valid_B])
         ids_BPQ = dvae.encode(image_BCHW)
         counts += count_codes(ids_BPQ, dvae.vocab_size)
         textured += count_codes(ids_BPQ[~blank_cells(image_BCHW, dvae.stride)], dvae.vocab_size)

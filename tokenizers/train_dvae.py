@@ -53,6 +53,7 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     accelerator = start(recipe.train, recipe.optim, recipe.data.batch_size)
 
     from mimetic.data.opening import open_data, open_held_out
+    from mimetic.data.picture import in_unit_range
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, ClassifyViews
     from mimetic.engine.loop import Evaluation, train
@@ -70,7 +71,7 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
                          accumulate=recipe.train.accumulate, **ranks, **recipe.data.shuffling)  # fmt: skip
     if not any((invocation.out / "checkpoints").glob("step-*")):  # the same images on every rank and world
         first = ShardStream(index, min(settings.seed_images, len(index)), seed=recipe.seed, transform=augment, **recipe.data.shuffling)
-        dvae.seed_codebook(only_valid(next(first.run(1))).to(accelerator.device).float() / 255, recipe.seed)
+        dvae.seed_codebook(in_unit_range(only_valid(next(first.run(1))).to(accelerator.device)), recipe.seed)
     same_on_all_ranks(dvae.state_dict().values())  # sums on a GPU differ in their last bits, and k-means amplifies that
 
     whole = ClassifyViews(views.image_size, None)
