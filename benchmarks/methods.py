@@ -16,11 +16,12 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean, median, stdev
-from threading import Semaphore
+from threading import Lock, Semaphore
 
 OUT, SHARDS = Path("runs/methods"), Path("runs/demo/shards")
 RECIPES = "launch/recipes"
@@ -64,6 +65,7 @@ class Study:
         teacher: the file of the ImageNet teacher's weights, or None to leave its rows out.
         free: places for trainings at a time.
         more: further settings of every training.
+        held: who trains into which folder: what two rows need is trained once.
     """
 
     seeds: list[int]
@@ -71,6 +73,7 @@ class Study:
     teacher: str | None
     free: Semaphore
     more: list[str] = field(default_factory=list)
+    held: dict[Path, Lock] = field(default_factory=lambda: defaultdict(Lock))
 
     @property
     def methods(self) -> dict[str, Method]:
@@ -81,7 +84,7 @@ class Study:
         """One training in a process of its own; what is finished is reused."""
         command = [sys.executable, script, "--config", f"{RECIPES}/{recipe}.yaml", *settings, *self.more, "--out", str(out)]
         out.parent.mkdir(parents=True, exist_ok=True)
-        with self.free, (out.parent / f"{out.name}.log").open("a") as log:
+        with self.held[out], self.free, (out.parent / f"{out.name}.log").open("a") as log:
             environment = {"OMP_NUM_THREADS": "1"} | os.environ
             code = subprocess.run(command, check=False, stdout=log, stderr=subprocess.STDOUT, env=environment).returncode
         if code:
