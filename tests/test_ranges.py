@@ -21,7 +21,6 @@ from mimetic.data.mixture import Mixture
 from mimetic.data.opening import open_held_out
 from mimetic.data.pack import pack
 from mimetic.data.picture import Picture
-from mimetic.data.pixelrange import mapped
 from mimetic.data.stream import ShardStream, pixels
 from mimetic.data.views import Augmentation, ClassifyViews, Normalize, PretrainViews, resized
 from mimetic.engine.errors import DataError, SettingError
@@ -200,7 +199,7 @@ def test_the_commands_as_they_are_typed(tmp_path, monkeypatch, capsys):
 def test_contradictions_are_one_line(tmp_path):
     source = folder_of(tmp_path / "src", {"0.npy": as_npy(deep(0, 4, 4, 3))})
     for wrong in ((5, 5), (5, 4), (0, float("inf")), (float("nan"), 1)):
-        with pytest.raises(SettingError, match="--range is .*LOW, which becomes 0, must be below HIGH"):
+        with pytest.raises(SettingError, match=r"--range is .*LOW, which becomes 0, must be below HIGH"):
             pack(source, tmp_path / "out", range=wrong)
     with pytest.raises(SettingError, match="--range 0 5 keeps all bits"):
         pack(source, tmp_path / "out", range=(0, 5), short_side=3)
@@ -264,7 +263,7 @@ def test_jitter_of_floats_in_any_order_stays_in_range_and_leaves_more_channels_a
     image = torch.rand(3, 9, 9)
     for order in ((0, 1, 2), (2, 1, 0)):
         changed = jittered(image, np.array([1.8, 0.3, 1.9]), np.array(order))
-        assert 0 <= changed.min()
+        assert changed.min() >= 0
         assert changed.max() <= 1
     assert not torch.equal(jittered(image, np.array([1.8, 0.3, 1.9]), np.array([0, 1, 2])),
                            jittered(image, np.array([1.8, 0.3, 1.9]), np.array([2, 1, 0])))  # fmt: skip
