@@ -102,6 +102,8 @@ def _add_shared(command: argparse.ArgumentParser) -> None:
                          help="share of unreadable images that is tolerated (default: %(default)s; 0 is strict)")  # fmt: skip
     command.add_argument("--channels", type=int, metavar="C",
                          help="channels of every image (default: 3 if any is coloured, else 1; an array's own number)")  # fmt: skip
+    command.add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                         help="pixel values that become 0 and 1, of 16-bit or float images (default: 8 bits)")  # fmt: skip
     _add_workers(command)
 
 

@@ -85,7 +85,7 @@ def _rows(index: Index, shard: int, samples: list[Sample], file: int, tally: Tal
             if not _is_label(sample.label, int(row["label"]), index.classes):
                 yield told, f"the label is {sample.label!a} in the tar, the index says {row['label']}"
             try:
-                decode(os.pread(file, sample.size, sample.offset), index.channels)
+                decode(os.pread(file, sample.size, sample.offset), index.channels, index.range)
             except ValueError as error:
                 yield told, f"does not decode: {' '.join(str(error).split())}"
         tally.add(1, size // (end - begin))

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from mimetic.data.cache import ShardCache, cache_folder
 from mimetic.data.fetch import EXTRAS, fetch, is_address, joined, parent, shown
 from mimetic.data.order import Chosen, InOrder, Order, Shuffled
+from mimetic.data.pixelrange import Range
 from mimetic.engine.errors import DataError
 
 VERSION = 2
@@ -55,6 +56,7 @@ class Index:
         starts: (shards + 1,) number of the first sample of each shard, and N.
         fingerprint: names this very content; kept in checkpoints.
         cache: of shards that lie elsewhere.
+        range: the pixel values that become 0 and 1, of images that are read deeper than 8 bits; None for 8 bits.
     """
 
     home: str
@@ -68,6 +70,7 @@ class Index:
     starts: NDArray[np.int64]
     fingerprint: str
     cache: ShardCache
+    range: Range | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -176,7 +179,7 @@ def open_index(path: str | Path, cache: ShardCache | None = None, *, sizes: bool
     if not len(rows):
         raise DataError(f"{shown(file)}: the index holds no sample; pack a folder that has images")
     index = Index(home, shards, content["classes"], image["channels"], tuple(image["mean"]), tuple(image["std"]), rows, keys, starts,
-                  hashlib.sha256(raw).hexdigest()[:16], cache)  # fmt: skip
+                  hashlib.sha256(raw).hexdigest()[:16], cache, tuple(image["range"]) if "range" in image else None)  # fmt: skip
     _check_shards(index, sizes)
     return index
 
@@ -195,6 +198,9 @@ def _check(content: dict[str, Any]) -> None:
             raise ValueError(f"sha256 of {name!r} is {entry['sha256']!r}")
     if not len(image["mean"]) == len(image["std"]) == image["channels"] or not all(np.isfinite([*image["mean"], *image["std"]])):
         raise ValueError(f"mean and std of {image['channels']} channels are {image['mean']!r} and {image['std']!r}")
+    low, high = image.get("range", (0, 1))
+    if not low < high or not np.isfinite(high - low):
+        raise ValueError(f"range is {image['range']!r}")
     if not isinstance(classes, list) or not all(isinstance(name, str) for name in classes):
         raise ValueError(f"classes are {classes!r}")
 

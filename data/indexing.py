@@ -15,15 +15,17 @@ import braceexpand
 import numpy as np
 
 from mimetic.data.cache import ShardCache, cache_folder
-from mimetic.data.decode import channels_of, silence_pillow
+from mimetic.data.decode import channels_of, silence_pillow, whole
 from mimetic.data.fetch import is_address
-from mimetic.data.packing.items import as_line, as_text, counted
+from mimetic.data.packing.depths import MAY_BE_DEEP, refuse_unknown_range
+from mimetic.data.packing.items import Item, as_line, as_text, counted
 from mimetic.data.packing.labels import number_labels
 from mimetic.data.packing.moments import Moments, evenly, how_many_measured, pixels_to_measure
 from mimetic.data.packing.shards import make_part
 from mimetic.data.packing.tars import Sample, Scan, is_packed_tar, local_file, scan
 from mimetic.data.packing.workers import Tally, run_all
 from mimetic.data.packing.writing import Part, write_index
+from mimetic.data.pixelrange import Range, pixel_range
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError, SettingError
 
@@ -32,7 +34,8 @@ MOST_SHARDS = 1_000_000
 
 def index_tars(
     shards: Sequence[str | Path], out: Path | None = None, *, workers: int = 1, max_bad: float = 0.01, channels: int | None = None,
-    progress: Callable[[int, int, int, int], None] = lambda *numbers: None,
+    range: Range | None = None, progress: Callable[[int, int, int, int], None] = lambda *numbers: None,
+    told: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes `index.json`, `samples.npy`, `keys.txt`, and `rejected.tsv` if a sample is left out.
 
@@ -42,19 +45,23 @@ def index_tars(
         workers: processes.
         max_bad: share of the samples that may be unusable; they are left out, and listed.
         channels: of every image; by default 3 if any of those that are measured is coloured.
+        range: the pixel values that become 0 and 1, of images that are read deeper than 8 bits.
         progress: called with samples and bytes that are done, and of how many (0 where that is not known).
+        told: called with a line for the user when 16-bit pictures are going to be cut to 8 bits for want of a range.
 
     Returns:
         The content of index.json; and `folder` where it is, and `others`, how many members belong to no sample.
 
     Raises:
-        DataError: no such shard, one that is compressed, or more than `max_bad` unusable samples.
+        DataError: no such shard, one that is compressed, arrays of more than 8 bits without a range, or more than `max_bad`
+            unusable samples.
         SettingError: no folder for the index, or one that holds the index of other shards.
     """
     if not 0 <= max_bad <= 1:
         raise SettingError(f"--max-bad is {max_bad}; it must be a share in [0, 1]")
     if channels is not None and channels < 1:
         raise SettingError(f"--channels is {channels}; 1 is grey, 3 is colour, arrays may have more")
+    range = pixel_range(range)
     places = find_tars([str(shard) for shard in shards])
     folder = Path(out) if out else _common_folder(places)
     names = [place if is_address(place) else os.path.relpath(place, folder) for place in places]
@@ -63,7 +70,9 @@ def index_tars(
     scans = run_all(_scan, places, workers, lambda samples, done: progress(samples, done, 0, size))
     rejected = _judge(places, scans, max_bad)
     numbers, classes = number_labels([sample.label for found in scans for sample in found.samples], str(folder))
-    image = _measure(places, scans, channels, workers)
+    if range is None:
+        refuse_unknown_range(_may_be_deep(places, scans), f"mimetic index {' '.join(map(str, shards))}", told)
+    image = _measure(places, scans, channels, range, workers)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "rejected.tsv").unlink(missing_ok=True)
@@ -195,9 +204,18 @@ class Look:
     sha256: str
     samples: list[Sample]
     channels: int | None
+    range: Range | None
 
 
-def _measure(places: list[str], scans: list[Scan], channels: int | None, workers: int) -> dict[str, Any]:
+def _may_be_deep(places: list[str], scans: list[Scan]) -> list[Item]:
+    """Some of the images that may have more than 8 bits, evenly spread."""
+    samples = [(i, sample) for i, found in enumerate(scans) for sample in found.samples if sample.extension in MAY_BE_DEEP]
+    chosen = [samples[i] for i in evenly(len(samples), how_many_measured(len(samples), sum(sample.size for _, sample in samples)))]
+    files = {i: str(local_file(places[i], scans[i].bytes, scans[i].sha256)) for i, _ in chosen}
+    return [Item(sample.key, sample.extension, places[i], files[i], sample.offset, sample.size) for i, sample in chosen]
+
+
+def _measure(places: list[str], scans: list[Scan], channels: int | None, range: Range | None, workers: int) -> dict[str, Any]:
     """What index.json says of images: from some of them, evenly spread."""
     starts = np.cumsum([0, *(len(found.samples) for found in scans)])
     size = sum(sample.size for found in scans for sample in found.samples)
@@ -205,7 +223,7 @@ def _measure(places: list[str], scans: list[Scan], channels: int | None, workers
     looks = []
     for place, found, begin, end in zip(places, scans, starts[:-1], starts[1:], strict=True):
         if len(here := chosen[(begin <= chosen) & (chosen < end)] - begin):
-            looks.append(Look(place, found.bytes, found.sha256, [found.samples[i] for i in here], channels))
+            looks.append(Look(place, found.bytes, found.sha256, [found.samples[i] for i in here], channels, range))
     by_channels: dict[int, Moments] = {}
     for part in run_all(_look, looks, workers):
         for number, moments in part.items():
@@ -214,10 +232,10 @@ def _measure(places: list[str], scans: list[Scan], channels: int | None, workers
         raise DataError(f"{places[0]} ...: none of the {sum(len(look.samples) for look in looks)} images looked at can be decoded")
     most = max(by_channels, key=lambda number: by_channels[number].images)
     common = most if most not in (1, 3) else max(number for number in by_channels if number in (1, 3))
-    whole = by_channels[common]
+    moments = by_channels[common]
     if common == 3 and (grey := by_channels.get(1)):
-        whole.merge(Moments(3, grey.images, grey.pixels, grey.total * 3, grey.squares * 3))
-    return whole.summary()
+        moments.merge(Moments(3, grey.images, grey.pixels, grey.total * 3, grey.squares * 3, grey.values * 3, grey.outside * 3))
+    return moments.summary(range)
 
 
 def _look(look: Look, tally: Tally) -> dict[int, Moments]:
@@ -228,8 +246,12 @@ def _look(look: Look, tally: Tally) -> dict[int, Moments]:
         for sample in look.samples:
             content = os.pread(file.fileno(), sample.size, sample.offset)
             channels = look.channels or channels_of(io.BytesIO(content))
+            moments = by_channels.setdefault(channels, Moments(channels))
             try:
-                by_channels.setdefault(channels, Moments(channels)).add(pixels_to_measure(content, channels))
+                if look.range is None:
+                    moments.add(pixels_to_measure(content, channels))
+                else:
+                    moments.add_deep(whole(content, channels, deep=True), look.range)
             except ValueError:  # `mimetic check` names them
                 continue
             tally.add(0, 0)

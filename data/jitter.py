@@ -1,7 +1,7 @@
 """Colour jitter: torchvision's adjustments, in whole numbers of 16 bits and in the order in which decoders leave pixels.
 
 Every step is clamped to 0...255 and cut off to a whole number, as torchvision does with uint8 tensors; factors are rounded to
-1/256 (1/128 beyond a half), so that each step is within a grey level of torchvision's.
+1/256 (1/128 beyond a half), so that each step is within a grey level of torchvision's. Floats are adjusted as torchvision does.
 
 Legend: C channels, H W pixels, N numbers in a line (colours of neighbouring pixels, one after the other).
 """
@@ -22,15 +22,18 @@ _RED_ONLY = np.tile(np.array((1, 0, 0), dtype=np.uint16), PIECE // 3)
 
 
 def jittered(image_CHW: torch.Tensor, factors: NDArray[np.float64], order: NDArray[np.int_]) -> torch.Tensor:
-    """uint8 (C, H, W), adjusted in the order given by factors of brightness, contrast and saturation, each in [0, 2].
+    """(C, H, W), adjusted in the order given by factors of brightness, contrast and saturation, each in [0, 2].
 
-    Grey images have no saturation, and other than one or three channels no colour that could be adjusted.
+    Images are uint8, or float32 in [0, 1]. Grey images have no saturation, and other than one or three channels no colour that could
+    be adjusted.
     """
     channels, height, width = image_CHW.shape
     if channels not in (1, 3):
         return image_CHW
-    values_N = image_CHW.permute(1, 2, 0).numpy().copy(order="C").reshape(-1)
     steps = [int(step) for step in order if channels == 3 or step != SATURATION]
+    if image_CHW.is_floating_point():
+        return _adjust_floats(image_CHW, steps, factors)
+    values_N = image_CHW.permute(1, 2, 0).numpy().copy(order="C").reshape(-1)
     cut = steps.index(CONTRAST) if CONTRAST in steps else len(steps)
     for some in (steps[:cut], steps[cut:]):  # contrast has to see all numbers before it changes one
         if some:
@@ -61,6 +64,16 @@ def _adjust(values_N: NDArray[np.uint8], steps: list[int], factors: NDArray[np.f
             if strength > 0:  # otherwise all values move towards grey or black
                 np.clip(piece, BLACK, WHITE, out=piece)
         there[:] = piece
+
+
+def _adjust_floats(image_CHW: torch.Tensor, steps: list[int], factors: NDArray[np.float64]) -> torch.Tensor:
+    """Each step moves all values away from black, from the mean grey level or from each pixel's own, or towards it."""
+    weights = torch.tensor(GREY / 256 if len(image_CHW) == 3 else [1.0], dtype=image_CHW.dtype)[:, None, None]
+    for step in steps:
+        grey_1HW = (image_CHW * weights).sum(0, keepdim=True)
+        origin = {BRIGHTNESS: torch.zeros(()), CONTRAST: grey_1HW.mean(), SATURATION: grey_1HW}[step]
+        image_CHW = (origin + float(factors[step]) * (image_CHW - origin)).clamp(0, 1)
+    return image_CHW
 
 
 def _mean_grey(values_N: NDArray[np.uint8], channels: int) -> float:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from mimetic.data.cache import ShardCache
 from mimetic.data.index import UNLABELLED, Index
 from mimetic.data.order import CYCLE, Mixed, Order, shares
+from mimetic.data.pixelrange import Range, as_typed
 from mimetic.engine.errors import SettingError
 
 
@@ -24,7 +25,7 @@ class Mixture:
         epoch_samples: samples of what counts as an epoch.
 
     Raises:
-        SettingError: sets of different channels, or a weight that no sample follows from.
+        SettingError: sets of different channels or pixel ranges, or a weight that no sample follows from.
     """
 
     indexes: tuple[Index, ...]
@@ -37,6 +38,10 @@ class Mixture:
             if index.channels != first.channels:
                 raise SettingError(f"{index.home} has {index.channels} channels, {first.home} has {first.channels}; sets that are mixed "
                                    "need the same, pack them with --channels")  # fmt: skip
+            if index.range != first.range:
+                told = [f"the pixel range {as_typed(each.range)}" if each.range else "8-bit pixels" for each in (index, first)]
+                raise SettingError(f"{index.home} has {told[0]}, {first.home} has {told[1]}; sets that are mixed "
+                                   "need the same, pack or index them with the same --range")  # fmt: skip
             if not share:
                 raise SettingError(f"data.index gives {index.home} the weight {weight} of {sum(self.weights)}, less than one sample in "
                                    f"{CYCLE:,}; raise it or leave the set out")  # fmt: skip
@@ -63,6 +68,11 @@ class Mixture:
     def channels(self) -> int:
         """Of every image."""
         return self.indexes[0].channels
+
+    @property
+    def range(self) -> Range | None:
+        """Of pixels, the same in every set."""
+        return self.indexes[0].range
 
     @property
     def classes(self) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 from mimetic.data.decode import silence_pillow
 from mimetic.data.packing.channels import channels_of_most
+from mimetic.data.packing.depths import refuse_unknown_range
 from mimetic.data.packing.duplicates import find_duplicates
 from mimetic.data.packing.items import as_line
 from mimetic.data.packing.moments import Moments
@@ -24,6 +25,7 @@ from mimetic.data.packing.shards import Shard, part_of, read_account, too_many, 
 from mimetic.data.packing.sources import Found, find_items
 from mimetic.data.packing.workers import run_all
 from mimetic.data.packing.writing import write_index
+from mimetic.data.pixelrange import Range, pixel_range
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError, SettingError
 
@@ -33,7 +35,8 @@ Progress = Callable[[int, int, int, int], None]
 def pack(
     source: Path, out: Path, *, samples_per_shard: int | None = None, max_bad: float = 0.01, channels: int | None = None,
     workers: int = 1, short_side: int | None = None, format: str | None = None, quality: int | None = None,
-    dedup: bool = False, val: float | None = None, progress: Progress = lambda *numbers: None,
+    dedup: bool = False, val: float | None = None, range: Range | None = None, progress: Progress = lambda *numbers: None,
+    told: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any]:  # fmt: skip
     """Writes `out/shard-00000.tar`, ..., `samples.npy`, `keys.txt`, `index.json`, and `rejected.tsv` if not every input is packed.
 
@@ -52,24 +55,30 @@ def pack(
         short_side, format, quality: see `Encoding`; without them the bytes of images stay as they are.
         dedup: leave out images whose bytes are those of an earlier one.
         val: share of the keys whose samples go to `out/val`, all others to `out/train`; a key's side depends on the key alone.
+        range: the pixel values that become 0 and 1, of images that are read deeper than 8 bits. Every image is decoded then; pixels
+            that are not finite make an image unreadable, values outside the range are clamped and counted.
         progress: called with images and bytes that are done, and of how many.
+        told: called with a line for the user when 16-bit pictures are going to be cut to 8 bits for want of a range.
 
     Returns:
         The content of index.json (of `out/train`, with that of `out/val` as `val`); and `beside`, the images beside the sub-folders,
         for which there are no classes; and `others`, how many files of each other kind were left out.
 
     Raises:
-        DataError: nothing to pack, more than `max_bad` of the images cannot be read, or the disk is full.
+        DataError: nothing to pack, arrays of more than 8 bits without a range, more than `max_bad` of the images cannot be read, or
+            the disk is full.
         SettingError: `out` exists and holds anything but shards of ours, it cannot be written, or another process packs it.
     """
     source, out = Path(source), Path(out).resolve()
-    options = Options(samples_per_shard, max_bad, channels, Encoding(short_side, format, quality), dedup, val)
+    options = Options(samples_per_shard, max_bad, channels, Encoding(short_side, format, quality), dedup, val, pixel_range(range))
     work, replaced = (out.with_name(f".{out.name}.{state}") for state in ("packing", "replaced"))
     with in_one_line(out), warnings.catch_warnings():
         silence_pillow()
         put_back(replaced, out)
         refuse_to_overwrite(out)
         found = find_items(source, out, workers)
+        if options.range is None:
+            refuse_unknown_range(found.items, f"mimetic pack {source} {out}", told)
         with working_folder(work, out):
             shutil.rmtree(replaced, ignore_errors=True)  # left by a kill
             contents = _pack_sides(found, work, options, workers, progress)
@@ -106,10 +115,10 @@ def _pack_sides(found: Found, work: Path, options: Options, workers: int, progre
         raise too_many(len(bad), allowed, *bad[-1])
     progress(images, size, *total)
     run_all(write_shard, missing, workers, lambda more, bytes_more: progress(images + more, size + bytes_more, *total), len(bad))
-    return [_finish(side, found.classes, channels) for side in sides]
+    return [_finish(side, found.classes, channels, options.range) for side in sides]
 
 
-def _finish(side: Side, classes: list[str], channels: int) -> dict[str, Any]:
+def _finish(side: Side, classes: list[str], channels: int, range: Range | None) -> dict[str, Any]:
     """The index of a side whose shards are written."""
     moments, samples = Moments(channels), 0
     for left_by_a_kill in side.folder.glob(".*"):
@@ -130,4 +139,5 @@ def _finish(side: Side, classes: list[str], channels: int) -> dict[str, Any]:
     if rejected:
         write_atomically(side.folder / "rejected.tsv", "".join(f"{path}\t{reason}\n" for path, reason in rejected))
     parts = (part_of(shard, account) for shard, account in accounts() if account["rows"])
-    return write_index(side.folder, parts, samples, classes=classes, image=moments.summary(), rejected=bad, duplicates=len(side.duplicates))
+    return write_index(side.folder, parts, samples, classes=classes, image=moments.summary(range), rejected=bad,
+                       duplicates=len(side.duplicates))  # fmt: skip

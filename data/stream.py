@@ -22,7 +22,7 @@ from mimetic.data.decode import silence_pillow
 from mimetic.data.index import Index
 from mimetic.data.mixture import Mixture
 from mimetic.data.order import CANONICAL_STREAMS, SHUFFLE_BLOCK
-from mimetic.data.picture import Picture
+from mimetic.data.picture import Picture, in_unit_range
 from mimetic.data.randomness import mix
 from mimetic.data.readahead import read_ahead
 from mimetic.engine.errors import CheckpointError, MimeticError, SettingError
@@ -42,7 +42,8 @@ class ShardStream:
 
     A batch is a dict: `keys` (list), `sample` (int64 numbers in the index), `valid` (bool; False marks fillers of the last
     batch and samples that do not decode), `label` (int64, -1 where there is none), `bad` (keys that did not decode), and what
-    the transform returns; without a transform `image`, uint8, stacked where all sizes agree and a list otherwise.
+    the transform returns; without a transform `image`, stacked where all sizes agree and a list otherwise. Pixels are uint8, or
+    float32 in [0, 1] if the source has a pixel range.
 
     Args:
         source: an index, or several as a mixture.
@@ -160,7 +161,7 @@ class _Batches(Dataset[Batch | MimeticError]):
         """
         samples, epochs, valid = self.plan.batch(step)
         samples, epochs, valid = samples[:images], epochs[:images], valid[:images]
-        pictures = [Picture(self.source.read(int(sample)), self.source.channels) for sample in samples]
+        pictures = [Picture(self.source.read(int(sample)), self.source.channels, self.source.range) for sample in samples]
         tensors = (self.transform(pictures, mix(self.seed, epochs, samples)) if self.transform
                    else {"image": _stacked([picture.pixels() for picture in pictures])})  # fmt: skip
         bad = self._bad(pictures, samples, valid)  # after the transform: it is there that pixels are read
@@ -212,6 +213,6 @@ def pixels(index: Index, subset: NDArray[np.int64] | None = None) -> tuple[NDArr
         image, valid_B = batch["image"], batch["valid"]
         if not isinstance(image, torch.Tensor) or (rows and image[0].numel() != len(rows[0][0])):
             raise SettingError(f"{index.home}: images differ in size; resize them to compare pixels")
-        rows.append((image[valid_B].flatten(1).float() / 255).numpy())
+        rows.append(in_unit_range(image[valid_B].flatten(1)).numpy())
         labels.append(batch["label"][valid_B].numpy())
     return np.concatenate(rows), np.concatenate(labels)

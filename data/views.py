@@ -1,6 +1,7 @@
 """Views: what the networks see of a picture.
 
-All randomness is drawn from each sample's own seed, as arrays over the batch. Pixels stay uint8 until they are on the device.
+All randomness is drawn from each sample's own seed, as arrays over the batch. Pixels stay uint8 until they are on the device;
+those of data with a pixel range are float32 in [0, 1], and stay there.
 
 Legend: B batch, C channels, H W pixels, P Q token grid. A box is (top, left, height, width) in pixels.
 """
@@ -25,7 +26,7 @@ from mimetic.engine.errors import SettingError
 CROP, FLIP, JITTER, SHIFT, MASK = range(5)  # what a draw is for: each has its own stream of numbers
 ATTEMPTS = 10
 
-Images = Sequence[Picture | torch.Tensor]  # uint8 (C, H, W) where they are tensors
+Images = Sequence[Picture | torch.Tensor]  # (C, H, W) where they are tensors, uint8 or float32 in [0, 1]
 
 
 def random_boxes(seeds_B: NDArray[np.uint64], sizes_B2: NDArray[np.int64], scale: tuple[float, float],
@@ -71,7 +72,7 @@ class Augmentation:
     jitter: float = 0.0
 
     def __call__(self, images: Images, seeds_B: NDArray[np.uint64], smallest: int | None = None) -> Iterator[torch.Tensor]:
-        """Crops of different sizes, uint8 (C, h, w). Boxes are drawn in the picture's own pixels and read as `Picture.crop` does.
+        """Crops of different sizes (C, h, w). Boxes are drawn in the picture's own pixels and read as `Picture.crop` does.
 
         One after the other, so that a crop is still in the processor's cache when it is resized.
         """
@@ -96,7 +97,7 @@ UNALTERED = Augmentation((1.0, 1.0), flip=0.0)
 
 
 class PretrainViews:
-    """BEiT's two views and the mask: `image` and `target` (uint8 BCHW) share crop, flip and jitter; `hidden` (bool BPQ).
+    """BEiT's two views and the mask: `image` and `target` (BCHW) share crop, flip and jitter; `hidden` (bool BPQ).
 
     They differ in size and interpolation: bicubic for the backbone, Lanczos for the tokenizer.
     """
@@ -113,7 +114,7 @@ class PretrainViews:
 
 
 class ClassifyViews:
-    """`image` (uint8 BCHW): augmented for training, or the centre for evaluation (`augmentation=None`)."""
+    """`image` (BCHW): augmented for training, or the centre for evaluation (`augmentation=None`)."""
 
     def __init__(self, image_size: int, augmentation: Augmentation | None) -> None:
         self.image_size, self.augmentation = image_size, augmentation
@@ -129,12 +130,12 @@ class ClassifyViews:
 
 
 def cropped(image: Picture | torch.Tensor, box: Box, smallest: int | None) -> torch.Tensor:
-    """uint8 (C, h, w): of a picture as `Picture.crop` has it; of pixels, all that lie in the box."""
+    """(C, h, w): of a picture as `Picture.crop` has it; of pixels, all that lie in the box."""
     return image.crop(box, smallest) if isinstance(image, Picture) else cut(image, box)
 
 
 def resized(crops: Iterable[torch.Tensor], count: int, *views: tuple[int, str]) -> list[torch.Tensor]:
-    """uint8 (B, C, size, size) for each (size, "bicubic" or "lanczos"), antialiased: as Pillow resizes.
+    """(B, C, size, size) of the crops' dtype for each (size, "bicubic" or "lanczos"), antialiased: as Pillow resizes.
 
     In memory colours stay side by side (channels last), as decoders leave them and resizing takes them: turning them into planes
     costs a tenth of a small picture's time, and what follows on the device does not need it.
@@ -142,12 +143,15 @@ def resized(crops: Iterable[torch.Tensor], count: int, *views: tuple[int, str]) 
     batches: list[torch.Tensor] = []
     for place, crop in enumerate(crops):
         batches = batches or [
-            torch.empty(count, len(crop), size, size, dtype=torch.uint8, memory_format=torch.channels_last) for size, _ in views
+            torch.empty(count, len(crop), size, size, dtype=crop.dtype, memory_format=torch.channels_last) for size, _ in views
         ]
         crop_1CHW = crop.permute(1, 2, 0)[None].permute(0, 3, 1, 2)  # so that torch takes it for channels last, and a third less time
         for batch_BCHW, (size, mode) in zip(batches, views, strict=True):
             fits = crop.shape[-2:] == (size, size)
             batch_BCHW[place] = crop if fits else F.interpolate(crop_1CHW, (size, size), mode=mode, antialias=True)[0]
+    for batch_BCHW in batches:
+        if batch_BCHW.is_floating_point():
+            batch_BCHW.clamp_(0, 1)  # bicubic and Lanczos overshoot at edges; in 8 bits torch clamps by itself
     return batches
 
 
@@ -163,7 +167,7 @@ def _centre(height: int, width: int) -> Box:
 
 
 class Normalize(nn.Module):
-    """uint8 BCHW to float, (x / 255 - mean) / std per channel, on the device where the pixels are."""
+    """BCHW to float, (x - mean) / std per channel with x in [0, 1], on the device where the pixels are."""
 
     mean_C11: torch.Tensor
     std_C11: torch.Tensor

@@ -10,64 +10,81 @@ restarted on cells that are served badly.
 """
 
 import math
-from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mimetic.engine.errors import SettingError
+from mimetic.tokenizers.clustering import nearest
 from mimetic.tokenizers.codebook import Codebook
+from mimetic.tokenizers.components import principal_components
 from mimetic.tokenizers.contract import check_image_fits
+from mimetic.tokenizers.convolutions import build_decoder, build_encoder
+from mimetic.tokenizers.logit_laplace import map_pixels, negative_log_likelihood, unmap_pixels
 from mimetic.tokenizers.usage import code_usage, count_codes
 
 SEEDS_PER_CODE = 16
+HELD = 1 << 26  # numbers of cells that seed, and logits, held in memory at a time
+LEAST_LOG_B = math.log(0.8 / 255 * 4 / 2)  # half a grey level of 8 bits, at mid-grey: cut off there, numbers have infinite densities
 
 
 class DVAE(nn.Module):
     """The trainable tokenizer. It takes images in [0, 1] and standardises each channel by what `seed_codebook` measured.
 
+    With the logit-Laplace likelihood all of it happens in logits of pixels: they are what is standardised, clustered and predicted,
+    and the decoder also says ln b, from the spread that is left by the clusters on.
+
     Args:
         vocab_size: V.
-        stride: Pixels of a cell's side: a power of two, usually 4, 8 or 16.
+        stride: Pixels of a cell's side: a power of two, usually 4 to 32.
         in_channels: C.
         width: Channels of the convolutions at the cell grid; halved for each doubling of the side before it.
         code_width: D.
         depth: Residual blocks on each side; each lets a cell see one cell further.
+        likelihood: "mse", or "logit_laplace" (arXiv 2102.12092, appendix A.3).
 
     Raises:
-        SettingError: for a stride that is no power of two, or fewer than two codes.
+        SettingError: for a stride that is no power of two, fewer than two codes, or an unknown likelihood.
     """
 
     pixel_mean_C11: Tensor
     pixel_std_C11: Tensor
+    log_b_C11: Tensor
 
     def __init__(
-        self, vocab_size: int, stride: int, in_channels: int, width: int = 64, code_width: int = 32, depth: int = 1
-    ) -> None:
+        self, vocab_size: int, stride: int, in_channels: int, width: int = 64, code_width: int = 32, depth: int = 1,
+        likelihood: str = "mse",
+    ) -> None:  # fmt: skip
         super().__init__()
         if stride < 2 or stride & (stride - 1):
-            raise SettingError(f"the tokenizer's stride {stride} is no power of two: choose 4, 8 or 16")
+            raise SettingError(f"the tokenizer's stride {stride} is no power of two: choose 4, 8, 16 or 32")
         if vocab_size < 2:
             raise SettingError(f"vocab_size {vocab_size} leaves nothing to choose: take 2 codes or more")
+        if likelihood not in ("mse", "logit_laplace"):
+            raise SettingError(f"the likelihood {likelihood!r} is not known: choose mse or logit_laplace")
         self.vocab_size, self.stride, self.in_channels, self.code_width = vocab_size, stride, in_channels, code_width
-        self.width, self.depth = width, depth
+        self.width, self.depth, self.likelihood = width, depth, likelihood
+        laplace = likelihood == "logit_laplace"
         # Statistics of the data, not trained: E inputs of small weights each would jump far in one step of Adam.
         self.patch_in = nn.Conv2d(in_channels, code_width, stride, stride).requires_grad_(False)
         self.patch_out = nn.ConvTranspose2d(code_width, in_channels, stride, stride).requires_grad_(False)
         self.encoder = build_encoder(in_channels, stride, width, code_width, depth)
-        self.decoder = build_decoder(in_channels, stride, width, code_width, depth)
+        self.decoder = build_decoder(2 * in_channels if laplace else in_channels, stride, width, code_width, depth)
         self.codebook = Codebook(vocab_size, code_width)
-        self.register_buffer("pixel_mean_C11", torch.full((in_channels, 1, 1), 0.5))
-        self.register_buffer("pixel_std_C11", torch.full((in_channels, 1, 1), 0.25))
+        self.register_buffer("pixel_mean_C11", torch.full((in_channels, 1, 1), 0.0 if laplace else 0.5))
+        self.register_buffer("pixel_std_C11", torch.full((in_channels, 1, 1), 1.0 if laplace else 0.25))
+        if laplace:
+            self.register_buffer("log_b_C11", torch.zeros(in_channels, 1, 1))
         self.to(memory_format=torch.channels_last)  # up to twice as fast on CPUs
 
     @property
     def config(self) -> dict[str, Any]:
         """The constructor's arguments: `DVAE(**config)` has this one's shapes."""
-        names = ("vocab_size", "stride", "in_channels", "width", "code_width", "depth")
+        names = ("vocab_size", "stride", "in_channels", "width", "code_width", "depth", "likelihood")
         return {name: getattr(self, name) for name in names}
 
     @torch.no_grad()
@@ -79,15 +96,16 @@ class DVAE(nn.Module):
         """
         with torch.autocast(image_BCHW.device.type, enabled=False):
             z_BDPQ = self.features(image_BCHW.float())
-            ids_M = self.codebook.logits(_rows(z_BDPQ)).argmax(1)
+            parts = _rows(z_BDPQ).split(max(1, HELD // self.vocab_size))
+            ids_M = torch.cat([self.codebook.logits(part_MD).argmax(1) for part_MD in parts])
         return ids_M.view(len(z_BDPQ), *z_BDPQ.shape[2:])
 
     @torch.no_grad()
     def decode(self, ids_BPQ: Tensor) -> Tensor:
         """Return image_BCHW in [0, 1] drawn from ids_BPQ in [0, V)."""
         code_BPQD = F.embedding(ids_BPQ, self.codebook.codes)
-        x_BCHW = self.draw(rearrange(code_BPQD, "B P Q D -> B D P Q"))
-        return (x_BCHW * self.pixel_std_C11 + self.pixel_mean_C11).clamp(0, 1)
+        x_BCHW = self.draw(rearrange(code_BPQD, "B P Q D -> B D P Q"))[0] * self.pixel_std_C11 + self.pixel_mean_C11
+        return unmap_pixels(x_BCHW.sigmoid()) if self.likelihood == "logit_laplace" else x_BCHW.clamp(0, 1)
 
     def loss(
         self, image_BCHW: Tensor, temperature: float, kl_weight: float, generator: torch.Generator | None = None
@@ -95,16 +113,15 @@ class DVAE(nn.Module):
         """Return (loss, metrics): the relaxed evidence bound, reconstruction + kl_weight * KL(q || uniform) / log V.
 
         Both terms are free of units, so weights keep their meaning on other data: reconstruction is the mean squared error
-        in standardised pixels (1 is what the mean colour costs); KL / log V is 1 for a posterior that is certain everywhere.
-        In training mode the codes' uses are counted. Noise comes from `generator`, or else from torch's own.
+        in standardised pixels (1 is what the mean colour costs), or with logit-Laplace -log f in nats, the mean over values;
+        KL / log V is 1 for a posterior that is certain everywhere. In training mode the codes' uses are counted. Noise comes from
+        `generator`, or else from torch's own.
         """
         z_BDPQ = self.features(image_BCHW)
-        logits_MV = self.codebook.logits(_rows(z_BDPQ))
-        counts_V = self._count(logits_MV.detach().argmax(1))
-        code_MD = gumbel_softmax(logits_MV, temperature, generator) @ self.codebook.codes
-        x_BCHW = self.draw(rearrange(code_MD, "(B P Q) D -> B D P Q", B=len(z_BDPQ), P=z_BDPQ.shape[2]))
-        reconstruction = F.mse_loss(x_BCHW, self._standardised(image_BCHW))
-        kl = kl_to_uniform(logits_MV)
+        code_MD, kl, ids_M = self._relaxed(_rows(z_BDPQ), temperature, generator)
+        counts_V = self._count(ids_M)
+        drawn = self.draw(rearrange(code_MD, "(B P Q) D -> B D P Q", B=len(z_BDPQ), P=z_BDPQ.shape[2]))
+        reconstruction = self._reconstruction(image_BCHW, *drawn)
         used, perplexity = code_usage(counts_V)
         metrics = {"reconstruction": reconstruction, "kl": kl, "batch_codes_used": used, "batch_perplexity": perplexity}
         return reconstruction + kl_weight * kl / math.log(self.vocab_size), {k: v.detach() for k, v in metrics.items()}
@@ -113,25 +130,31 @@ class DVAE(nn.Module):
     def seed_codebook(self, image_BCHW: Tensor, seed: int = 0) -> None:
         """Make this the k-means tokenizer of these images' cells: pixel statistics, linear maps, codes. Once, before training.
 
-        Every rank must pass the same images. Cells beyond 16 V (or 32,768) are sampled down to that.
+        Every rank must pass the same images. Cells beyond 16 V (or 32,768) are sampled down to that; the maps come from as many of
+        them as 256 MB hold.
 
         Raises:
             SettingError: there are fewer cells than codes.
         """
         check_image_fits(image_BCHW, self.stride, self.in_channels)
-        self.pixel_mean_C11.copy_(image_BCHW.mean((0, 2, 3))[:, None, None])
-        self.pixel_std_C11.copy_(image_BCHW.std((0, 2, 3)).clamp(min=1e-3)[:, None, None])
-        x_BCHW = self._standardised(image_BCHW)
-        cells_NE = rearrange(x_BCHW, "B C (P i) (Q j) -> (B P Q) (C i j)", i=self.stride, j=self.stride)
-        if len(cells_NE) < self.vocab_size:
-            raise SettingError(
-                f"{len(cells_NE)} cells cannot seed {self.vocab_size} codes: seed from more images, or lower vocab_size"
-            )
-        order_N = torch.randperm(len(cells_NE), generator=torch.Generator().manual_seed(seed))
-        cells_NE = cells_NE[order_N[: max(SEEDS_PER_CODE * self.vocab_size, 1 << 15)].to(cells_NE.device)]
-        self._start_linear(cells_NE)
-        z_NDPQ = self.patch_in(rearrange(cells_NE, "N (C i j) -> N C i j", i=self.stride, j=self.stride))
-        self.codebook.seed(z_NDPQ.flatten(1), seed)
+        x_BCHW = self._in_pixel_space(image_BCHW)
+        self.pixel_mean_C11.copy_(x_BCHW.mean((0, 2, 3))[:, None, None])
+        self.pixel_std_C11.copy_(x_BCHW.std((0, 2, 3)).clamp(min=1e-3)[:, None, None])
+        cells_BPQCij = image_BCHW.unflatten(3, (-1, self.stride)).unflatten(2, (-1, self.stride)).permute(0, 2, 4, 1, 3, 5)
+        images, rows, columns = cells_BPQCij.shape[:3]
+        check_seeds(images, rows * columns, self.vocab_size)
+        order_N = torch.randperm(images * rows * columns, generator=torch.Generator().manual_seed(seed))
+        order_N = order_N[: max(SEEDS_PER_CODE * self.vocab_size, 1 << 15)].to(image_BCHW.device)
+        parts = [torch.unravel_index(part, (images, rows, columns))
+                 for part in order_N.split(max(1, HELD // cells_BPQCij[0, 0, 0].numel()))]  # fmt: skip
+        first_NCij = self._standardised(cells_BPQCij[parts[0]])
+        self._start_linear(first_NCij.flatten(1))
+        z_ND = torch.cat([self.patch_in(self._standardised(cells_BPQCij[part])).flatten(1) for part in parts])
+        self.codebook.seed(z_ND, seed)
+        if self.likelihood == "logit_laplace":
+            ids_N = nearest(z_ND[: len(first_NCij)], self.codebook.codes)[0]
+            error_NCij = first_NCij - self.patch_out(self.codebook.codes[ids_N][..., None, None])
+            self.log_b_C11.copy_((error_NCij.abs().mean((0, 2, 3))[:, None, None] * self.pixel_std_C11).clamp(min=1e-6).log())
 
     @torch.no_grad()
     def restart_dead_codes(self, image_BCHW: Tensor, seed: int) -> Tensor:
@@ -144,13 +167,43 @@ class DVAE(nn.Module):
         x_BCHW = self._standardised(image_BCHW).contiguous(memory_format=torch.channels_last)
         return self.patch_in(x_BCHW) + self.encoder(x_BCHW)
 
-    def draw(self, code_BDPQ: Tensor) -> Tensor:
-        """Return the image_BCHW, in standardised pixels, that these code vectors stand for."""
+    def draw(self, code_BDPQ: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the image_BCHW, in standardised pixels, that these code vectors stand for, and what is learned of ln b, if anything."""
         code_BDPQ = code_BDPQ.contiguous(memory_format=torch.channels_last)
-        return self.patch_out(code_BDPQ) + self.decoder(code_BDPQ)
+        learned_BKHW = self.decoder(code_BDPQ)
+        return self.patch_out(code_BDPQ) + learned_BKHW[:, : self.in_channels], learned_BKHW[:, self.in_channels :]
+
+    def _reconstruction(self, image_BCHW: Tensor, drawn_BCHW: Tensor, learned_BCHW: Tensor) -> Tensor:
+        if self.likelihood == "mse":
+            return F.mse_loss(drawn_BCHW, self._standardised(image_BCHW))
+        mu_BCHW = drawn_BCHW.float() * self.pixel_std_C11 + self.pixel_mean_C11
+        log_b_BCHW = learned_BCHW.float() + self.log_b_C11
+        log_b_BCHW = torch.logaddexp(log_b_BCHW, log_b_BCHW.new_tensor(LEAST_LOG_B))
+        return negative_log_likelihood(map_pixels(image_BCHW.float()), mu_BCHW, log_b_BCHW).mean()
+
+    def _relaxed(self, z_MD: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Relaxed codes_MD of features, their mean KL, and the likeliest ids_M.
+
+        Where M x V logits are many, they are computed in parts and once more in the backward pass, which can repeat draws from
+        torch's own generator only.
+        """
+        if len(z_MD) * self.vocab_size <= HELD or generator is not None:
+            return self._relaxed_part(z_MD, temperature, generator)
+        parts = z_MD.split(max(1, HELD // self.vocab_size))
+        code, kl, ids = zip(*(checkpoint(self._relaxed_part, part, temperature, use_reentrant=False) for part in parts), strict=True)
+        shares = [len(part) / len(z_MD) for part in parts]
+        return torch.cat(code), sum((mean * share for mean, share in zip(kl, shares, strict=True)), kl[0].new_zeros(())), torch.cat(ids)
+
+    def _relaxed_part(self, z_MD: Tensor, temperature: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        logits_MV = self.codebook.logits(z_MD)
+        code_MD = gumbel_softmax(logits_MV, temperature, generator) @ self.codebook.codes
+        return code_MD, kl_to_uniform(logits_MV), logits_MV.detach().argmax(1)
+
+    def _in_pixel_space(self, image_BCHW: Tensor) -> Tensor:
+        return map_pixels(image_BCHW.float()).logit() if self.likelihood == "logit_laplace" else image_BCHW
 
     def _standardised(self, image_BCHW: Tensor) -> Tensor:
-        return (image_BCHW - self.pixel_mean_C11) / self.pixel_std_C11
+        return (self._in_pixel_space(image_BCHW) - self.pixel_mean_C11) / self.pixel_std_C11
 
     def _count(self, ids_M: Tensor) -> Tensor:
         if self.training:
@@ -173,42 +226,15 @@ class DVAE(nn.Module):
             last.zero_()
 
 
-class Residual(nn.Module):
-    """x + conv1x1(relu(conv3x3(relu(x)))), on the cell grid."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.mix = nn.Conv2d(width, width, 3, padding=1)
-        self.out = nn.Conv2d(width, width, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (B, width, P, Q) to the same shape."""
-        return x + self.out(torch.relu(self.mix(torch.relu(x))))
-
-
-def stage_widths(width: int, stride: int) -> list[int]:
-    """Channels after each halving of the image: `width` last, half as many for each doubling of the side, but 16 at least."""
-    halvings = stride.bit_length() - 1
-    return [max(width >> left, min(16, width)) for left in reversed(range(halvings))]
-
-
-def build_encoder(in_channels: int, stride: int, width: int, code_width: int, depth: int) -> nn.Sequential:
-    """(B, C, H, W) to (B, D, P, Q): 4x4 convolutions of stride 2 down to the grid, then residual blocks."""
-    channels = [in_channels, *stage_widths(width, stride)]
-    layers: list[nn.Module] = []
-    for before, after in pairwise(channels):
-        layers += [nn.Conv2d(before, after, 4, 2, 1), nn.ReLU()]
-    blocks = [Residual(width) for _ in range(depth)]
-    return nn.Sequential(*layers[:-1], *blocks, nn.ReLU(), nn.Conv2d(width, code_width, 1))
-
-
-def build_decoder(in_channels: int, stride: int, width: int, code_width: int, depth: int) -> nn.Sequential:
-    """(B, D, P, Q) to (B, C, H, W): the encoder's mirror image."""
-    channels = [*reversed(stage_widths(width, stride)), in_channels]
-    layers: list[nn.Module] = []
-    for before, after in pairwise(channels):
-        layers += [nn.ReLU(), nn.ConvTranspose2d(before, after, 4, 2, 1)]
-    return nn.Sequential(nn.Conv2d(code_width, width, 1), *[Residual(width) for _ in range(depth)], *layers)
+def check_seeds(images: int, cells: int, vocab_size: int, at_hand: int | None = None) -> None:
+    """Raise SettingError unless images of so many cells each can seed the codes; `at_hand` images are all there are."""
+    if images * cells >= vocab_size:
+        return
+    wanted = -(-vocab_size // cells)
+    more = (f"set dvae.seed_images to {wanted} or more" if at_hand is None or wanted <= at_hand
+            else f"the data has {at_hand} images, where {wanted} are needed")  # fmt: skip
+    raise SettingError(f"{images * cells} cells cannot seed {vocab_size} codes: {images} images have {cells} cells each; {more}, "
+                       f"or dvae.vocab_size to {images * cells} or less")  # fmt: skip
 
 
 def gumbel_softmax(logits_MV: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:
@@ -222,14 +248,6 @@ def kl_to_uniform(logits_MV: Tensor) -> Tensor:
     """Return the mean over cells of KL(Categorical(logits) || uniform over V) in nats: log V less the entropy."""
     negative_entropy_M = (logits_MV.softmax(1) * logits_MV).sum(1) - logits_MV.logsumexp(1)
     return math.log(logits_MV.shape[1]) + negative_entropy_M.mean()
-
-
-def principal_components(x_NE: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return (mean_E, orthonormal axes_KE by falling variance), K = min(count, E)."""
-    mean_E = x_NE.mean(0)
-    centred_NE = x_NE - mean_E
-    axes_EE = torch.linalg.eigh(centred_NE.T @ centred_NE / len(x_NE)).eigenvectors
-    return mean_E, axes_EE.flip(1)[:, :count].T
 
 
 def _rows(z_BDPQ: Tensor) -> Tensor:

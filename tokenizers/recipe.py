@@ -1,6 +1,7 @@
 """What a dVAE training is made of. Imports nothing heavy: `--help` and typos answer before torch is loaded."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mimetic.engine import ranges
 from mimetic.engine.config import DataSettings, Expected, GuardSettings, OptimSettings, TrainSettings
@@ -12,10 +13,11 @@ class DvaeSettings:
 
     Args:
         vocab_size: V, codes.
-        stride: Pixels of a cell's side: 4, 8 or 16.
+        stride: Pixels of a cell's side: 4, 8, 16 or 32.
         width: Channels of the convolutions at the cell grid.
         code_width: Width of a code vector.
         depth: Residual blocks on each side.
+        loss: Of reconstructions: mse of standardised pixels, or logit_laplace, -log of DALL-E's density (appendix A.3).
         temperature: Of the Gumbel-softmax at the start.
         final_temperature: Reached after four fifths of the training.
         kl_weight: Weight of the KL to uniform, reached linearly over the first half of the training.
@@ -28,6 +30,7 @@ class DvaeSettings:
     width: int = 64
     code_width: int = 32
     depth: int = 1
+    loss: Literal["mse", "logit_laplace"] = "mse"
     temperature: float = 1.0
     final_temperature: float = 0.1
     kl_weight: float = 0.001

@@ -31,19 +31,21 @@ def build(recipe: DvaeRecipe, index: "Index | Mixture", device: "torch.device") 
     """The objective, its codes not yet seeded from images.
 
     Raises:
-        SettingError: the images are no whole number of cells.
+        SettingError: the images are no whole number of cells, or too few to seed the codes.
     """
     import torch
 
-    from mimetic.tokenizers.dvae import DVAE
+    from mimetic.tokenizers.dvae import DVAE, check_seeds
     from mimetic.tokenizers.objective import DVAEObjective
 
     settings, side = recipe.dvae, recipe.views.image_size
     if side % settings.stride:
         raise SettingError(f"views.image_size {side} is no multiple of dvae.stride {settings.stride}; use "
                            f"{max(1, side // settings.stride) * settings.stride}")  # fmt: skip
+    check_seeds(min(settings.seed_images, len(index)), (side // settings.stride) ** 2, settings.vocab_size, len(index))
     torch.manual_seed(recipe.seed)
-    dvae = DVAE(settings.vocab_size, settings.stride, index.channels, settings.width, settings.code_width, settings.depth).to(device)
+    dvae = DVAE(settings.vocab_size, settings.stride, index.channels, settings.width, settings.code_width, settings.depth,
+                settings.loss).to(device)  # fmt: skip
     return DVAEObjective(dvae, settings.temperature, settings.final_temperature, settings.kl_weight, settings.restart_every)
 
 

@@ -12,6 +12,7 @@ from mimetic.data.packing.moments import evenly, how_many_measured
 from mimetic.data.packing.outfolder import SIDES
 from mimetic.data.packing.reencode import Encoding
 from mimetic.data.packing.shards import Shard
+from mimetic.data.pixelrange import Range, as_typed
 from mimetic.data.randomness import mix
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError, SettingError
@@ -30,6 +31,7 @@ class Options:
     encoding: Encoding = field(default_factory=Encoding)
     dedup: bool = False
     val: float | None = None
+    range: Range | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.max_bad <= 1 or (self.samples_per_shard is not None and self.samples_per_shard < 1):
@@ -38,6 +40,8 @@ class Options:
             raise SettingError(f"--channels is {self.channels}; 1 is grey, 3 is colour, arrays may have more")
         if self.channels not in (None, 1, 3) and self.encoding.changes:
             raise SettingError(f"--channels is {self.channels}; --short-side and --format are for pictures, of 1 or 3 channels")
+        if self.range is not None and self.encoding.changes:
+            raise SettingError(f"--range {as_typed(self.range)} keeps all bits of pixels, --short-side and --format write 8; choose")
         if self.val is not None and not 0 < self.val < 1:
             raise SettingError(f"--val is {self.val}; it must be a share between 0 and 1")
 
@@ -69,14 +73,14 @@ def plan_shards(side: Side, done: Path, channels: int, allowed: int, options: Op
     items = shuffled(side)
     size = max(1, sum(item.size for item in items))
     step = options.samples_per_shard or max(1, min(MOST_SAMPLES, MOST_BYTES * len(items) // size))
-    every = all(item.pixels_HW is not None for item in items)  # as good as free
+    every = all(item.pixels_HW is not None for item in items) or options.range is not None  # as good as free
     measured = evenly(len(items), len(items) if every else how_many_measured(len(items), size))
     shards = []
     for number, begin in enumerate(range(0, len(items), step)):
         name = f"shard-{number:05d}"
         places = measured[np.searchsorted(measured, begin) : np.searchsorted(measured, begin + step)] - begin
         shards.append(Shard(side.folder / f"{name}.tar", done / f"{side.folder.name}-{name}.json", items[begin : begin + step],
-                            frozenset(places.tolist()), channels, options.encoding, allowed))  # fmt: skip
+                            frozenset(places.tolist()), channels, options.encoding, allowed, options.range))  # fmt: skip
     return shards
 
 
@@ -108,7 +112,7 @@ def _drawn(key: str) -> float:
 def start_over_if_changed(work: Path, items: list[Item], classes: list[str], options: Options) -> None:
     """Removes what a killed start has left in the folder `work`, unless it was of the same source and settings."""
     plan = hashlib.sha256(repr((PLAN, classes, options.samples_per_shard, options.channels, options.encoding, options.dedup,
-                                options.val)).encode("utf-8", "surrogateescape"))  # fmt: skip
+                                options.val, options.range)).encode("utf-8", "surrogateescape"))  # fmt: skip
     for item in items:
         told = (item.key, item.path, item.file, item.offset, item.size, item.stamp, item.label, item.fault)
         plan.update(repr(told).encode("utf-8", "surrogateescape"))

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from mimetic.data.decode import decode, silence_pillow
+from mimetic.data.decode import decode, silence_pillow, whole
 from mimetic.data.index import ROW, UNLABELLED
 from mimetic.data.packing.items import Item, as_line
 from mimetic.data.packing.moments import Moments, pixels_to_measure
@@ -20,6 +20,7 @@ from mimetic.data.packing.reencode import Encoding
 from mimetic.data.packing.structure import is_whole
 from mimetic.data.packing.workers import Tally
 from mimetic.data.packing.writing import Part
+from mimetic.data.pixelrange import Range
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError
 
@@ -38,6 +39,7 @@ class Shard:
         channels: of every image.
         encoding: of images.
         allowed: so many images of the whole set may be bad.
+        range: the pixel values that become 0 and 1; then every image is decoded and measured.
     """
 
     tar: Path
@@ -47,6 +49,7 @@ class Shard:
     channels: int
     encoding: Encoding
     allowed: int
+    range: Range | None = None
 
 
 _BLANK = tarfile.TarInfo().tobuf(tarfile.USTAR_FORMAT)
@@ -146,7 +149,9 @@ def _read(item: Item, shard: Shard, moments: Moments | None) -> tuple[bytes, str
         raise ValueError("an empty file")
     if shard.encoding.changes:
         content, extension = shard.encoding.apply(content, extension, channels)
-    if moments is not None and item.pixels_HW is not None and channels == 1:
+    if moments is not None and shard.range is not None:
+        moments.add_deep(whole(content, channels, deep=True), shard.range)
+    elif moments is not None and item.pixels_HW is not None and channels == 1:
         moments.add(item.pixels_HW[None])
     elif moments is not None:
         moments.add(pixels_to_measure(content, channels))

@@ -11,6 +11,7 @@ from mimetic.data.pack import pack
 from mimetic.data.packing.items import counted
 from mimetic.data.packing.sources import left_out
 from mimetic.data.packing.workers import Teller
+from mimetic.data.pixelrange import as_typed, pixel_range
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError, SettingError
 
@@ -34,7 +35,7 @@ def pack_and_tell(source: Path, out: Path, samples_per_shard: int | None = None,
     shards = f"shards of {samples_per_shard:,} images" if samples_per_shard else "shards"
     print(f"packing {source} into {shards} in {out}, {workers} process{'es' if workers > 1 else ''}", flush=True)
     content = pack(source, out, samples_per_shard=samples_per_shard, max_bad=max_bad, channels=channels, workers=workers,
-                   progress=PackTeller(), **options)  # fmt: skip
+                   progress=PackTeller(), told=_tell, **options)  # fmt: skip
     beside = _why(content["beside"])
     if "val" in content:
         print(_summary(content, out / "train", beside, ""))
@@ -45,12 +46,23 @@ def pack_and_tell(source: Path, out: Path, samples_per_shard: int | None = None,
         print(_summary(content, out, beside, left_out(content["others"])))
 
 
+def _tell(line: str) -> None:
+    print(line, flush=True)
+
+
 def _summary(content: dict[str, Any], out: Path, beside: str, others: str) -> str:
     rejected = f", {content['rejected']} unreadable ones listed in {out}/rejected.tsv" if content["rejected"] else ""
     duplicates = f", {content['duplicates']} duplicates left out (see {out}/rejected.tsv)" if content["duplicates"] else ""
     classes = f"{len(content['classes'])} classes" if content["classes"] else f"no labels{beside}"
     shards = counted(len(content["shards"]), "shard")
-    return f"{content['samples']:,} images, {classes}, {shards}{rejected}{duplicates}{others}: {out}/index.json"
+    return f"{content['samples']:,} images, {classes}, {shards}{rejected}{duplicates}{others}{_clamped(content)}: {out}/index.json"
+
+
+def _clamped(content: dict[str, Any]) -> str:
+    image = content["image"]
+    if "range" not in image:
+        return ""
+    return f", {100 * image['outside']:.3g} % of pixel values outside --range {as_typed(image['range'])} clamped"
 
 
 def _why(beside: list[str]) -> str:
@@ -61,17 +73,19 @@ def _why(beside: list[str]) -> str:
     return f" ({who} beside the sub-folders; move {'it' if one else 'them'} into one to have classes)"
 
 
-def index_and_tell(shards: Sequence[str], out: Path | None, workers: int, max_bad: float, channels: int | None) -> None:
+def index_and_tell(shards: Sequence[str], out: Path | None, workers: int, max_bad: float, channels: int | None,
+                   range: Sequence[float] | None) -> None:  # fmt: skip
     """`mimetic index`: the same for tars that exist."""
     print(f"indexing {shards[0]}{f' and {len(shards) - 1} more' if len(shards) > 1 else ''}", flush=True)
-    content = index_tars(shards, out, workers=workers, max_bad=max_bad, channels=channels, progress=Teller())
+    content = index_tars(shards, out, workers=workers, max_bad=max_bad, channels=channels, range=pixel_range(range), progress=Teller(),
+                         told=_tell)  # fmt: skip
     folder = content["folder"]
     rejected = f", {content['rejected']} unusable ones listed in {folder}/rejected.tsv" if content["rejected"] else ""
     others = left_out(Counter({"members of no sample": content["others"]})) if content["others"] else ""
     classes = f"{len(content['classes'])} classes" if content["classes"] else "no labels"
     print(f"check them with `mimetic check {folder}`, train on --data.index {folder}")
     found = counted(len(content["shards"]), "shard")
-    print(f"{content['samples']:,} images, {classes}, {found}{rejected}{others}: {folder}/index.json")
+    print(f"{content['samples']:,} images, {classes}, {found}{rejected}{others}{_clamped(content)}: {folder}/index.json")
 
 
 def check_and_tell(path: str | Path, workers: int, out: Path | None) -> None:
