@@ -43,11 +43,11 @@ def load_backbone(path: "str | Path", image_size: "int | Sequence[int] | None" =
     return load_backbone(path, image_size, in_channels)
 
 
-def open_tokenizer(path_or_name: "str | Path") -> "ImageTokenizer":
-    """A frozen image tokenizer from its folder or its run; see `mimetic.tokenizers.files.open_tokenizer`."""
+def open_tokenizer(path_or_name: "str | Path", precision: str = "fp32") -> "ImageTokenizer":
+    """A frozen image tokenizer from its folder or its run, or "dalle"; see `mimetic.tokenizers.files.open_tokenizer`."""
     from mimetic.tokenizers.files import open_tokenizer
 
-    return open_tokenizer(path_or_name)
+    return open_tokenizer(path_or_name, precision)
 
 
 def open_shards(index: "str | Path", batch_size: int, *, rank: int = 0, world: int = 1, workers: int = 0, seed: int = 0,

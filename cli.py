@@ -10,7 +10,7 @@ from mimetic.engine.config import did_you_mean
 from mimetic.engine.errors import SettingError
 from mimetic.engine.runtime import run_entry
 
-COMMANDS = ("demo", "pack", "index", "check", "watch", "export", "compare", "models", "attention", "replay")
+COMMANDS = ("demo", "pack", "index", "check", "watch", "export", "compare", "models", "attention", "replay", "tokenizer")
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,6 +84,16 @@ def parser() -> argparse.ArgumentParser:
     replay.add_argument("capsule", type=Path, metavar="CAPSULE", help="a folder of RUN/capsules")
     replay.add_argument("--process", type=int, metavar="N", help="whose batches (default: the first whose loss is not finite, else 0)")
 
+    tokenizer = commands.add_parser("tokenizer", help="image tokenizers from elsewhere",
+                                    epilog="example: mimetic tokenizer import encoder.pkl tokenizers/dalle")  # fmt: skip
+    verbs = tokenizer.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+    importing = verbs.add_parser("import", help="DALL-E's dVAE from a file of OpenAI's or of transformers' FLAVA",
+                                 epilog="example: mimetic tokenizer import encoder.pkl tokenizers/dalle")  # fmt: skip
+    importing.add_argument("file", type=Path, metavar="FILE", help="OpenAI's encoder.pkl, a FLAVA checkpoint or its folder, or safetensors "
+                           "with the names of the package dall_e; no code in it is run")  # fmt: skip
+    importing.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
+    importing.add_argument("--decoder", type=Path, metavar="FILE", help="(default: the decoder.pkl beside an encoder.pkl)")
+
     attention = commands.add_parser("attention", help="where a backbone looks, as a picture",
                                     epilog="example: mimetic attention runs/beit photo.jpg --out attention.png")  # fmt: skip
     attention.add_argument("run", metavar="RUN", help="a finished run, or an exported folder")
@@ -147,6 +157,10 @@ def dispatch() -> None:
 
         if not replay(arguments.capsule, arguments.process):
             sys.exit(1)
+    elif arguments.command == "tokenizer":
+        from mimetic.tokenizers.importing import import_tokenizer
+
+        import_tokenizer(arguments.file, arguments.out, arguments.decoder)
     elif arguments.command == "attention":
         from mimetic.report.attention import draw_attention
 

@@ -14,7 +14,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -52,7 +52,8 @@ def shown(address: str) -> str:
     return address.partition("?")[0] if is_address(address) else address
 
 
-def fetch(address: str, part: Path, size: int | None = None, sha256: str | None = None, patience: float | None = None) -> str:
+def fetch(address: str, part: Path, size: int | None = None, sha256: str | None = None, patience: float | None = None,
+          progress: Callable[[int, int | None], None] = lambda *numbers: None) -> str:  # fmt: skip
     """Brings a file to `part`, going on with the bytes that are there.
 
     Args:
@@ -61,6 +62,7 @@ def fetch(address: str, part: Path, size: int | None = None, sha256: str | None 
         size: in bytes, where it is known.
         sha256: in hex, where it is known. A file of another hash is fetched once more, then refused.
         patience: seconds without a byte after which it is given up; PATIENCE if left out.
+        progress: called with the bytes that are here, and of how many (None where that is not known).
 
     Returns:
         The sha256 of the whole.
@@ -70,7 +72,7 @@ def fetch(address: str, part: Path, size: int | None = None, sha256: str | None 
     """
     for last in (False, True):
         try:
-            found = _fetched(address, part, size, PATIENCE if patience is None else patience)
+            found = _fetched(address, part, size, PATIENCE if patience is None else patience, progress)
         except OSError as error:
             if disk_is_full(error):
                 os.truncate(part, 0)
@@ -85,7 +87,7 @@ def fetch(address: str, part: Path, size: int | None = None, sha256: str | None 
     raise AssertionError
 
 
-def _fetched(address: str, part: Path, size: int | None, patience: float) -> str:
+def _fetched(address: str, part: Path, size: int | None, patience: float, progress: Callable[[int, int | None], None]) -> str:
     digest = hashlib.sha256()
     with part.open("ab+") as file:
         file.seek(0)
@@ -106,6 +108,7 @@ def _fetched(address: str, part: Path, size: int | None, patience: float) -> str
                     while chunk := _read(stream):
                         file.write(chunk)
                         digest.update(chunk)
+                        progress(file.tell(), size or total)
                         if size is not None and file.tell() > size:
                             raise DataError(f"{shown(address)} is longer than the {size:,} bytes that the index says; index it again")
                         if file.tell() > most:  # more than there was; what comes again proves nothing

@@ -43,7 +43,8 @@ def build(recipe: BeitRecipe, index: "Index | Mixture", device: "torch.device") 
     from mimetic.pretrain.mim import MaskedImageModeling, TokenHead, check_grids
     from mimetic.tokenizers.files import open_tokenizer
 
-    tokenizer, settings, views, mask = open_tokenizer(recipe.tokenizer.path), recipe.backbone, recipe.views, recipe.mask
+    tokenizer = open_tokenizer(recipe.tokenizer.path, recipe.tokenizer.precision)
+    settings, views, mask = recipe.backbone, recipe.views, recipe.mask
     if tokenizer.in_channels != index.channels:
         raise SettingError(f"the tokenizer {recipe.tokenizer.path} reads images of {tokenizer.in_channels} channels, those of "
                            f"{recipe.data.named} have {index.channels}; train a tokenizer on them")  # fmt: skip

@@ -13,10 +13,16 @@ class TokenizerSettings:
     """The frozen image tokenizer.
 
     Args:
-        path: The folder of a tokenizer, or the run folder that trained it.
+        path: The folder of a tokenizer, the run folder that trained it, or dalle for the one that OpenAI published.
+        precision: Of its convolutions: fp32, or bf16, which is faster and changes some ids of cells that two codes fit almost equally.
     """
 
     path: str
+    precision: str = "fp32"
+
+    def __post_init__(self) -> None:
+        if self.precision not in ("fp32", "bf16"):
+            raise SettingError(f"tokenizer.precision is {self.precision!r}; it must be fp32 or bf16")
 
 
 @dataclass(frozen=True)

@@ -39,8 +39,20 @@ class TrainableTokenizer(ImageTokenizer, Protocol):
         ...
 
 
+@runtime_checkable
+class EncodesInAnyPrecision(ImageTokenizer, Protocol):
+    """A tokenizer that can encode in less than fp32."""
+
+    def encode_in(self, dtype: torch.dtype) -> None:
+        """Compute `encode` in this dtype from now on, ids still chosen by fp32 logits. Casts weights for good: not for saving."""
+        ...
+
+
 def check_image_fits(image_BCHW: Tensor, stride: int, channels: int) -> None:
-    """Raise SettingError unless images have `channels` channels and sides that `stride` divides."""
+    """Raise SettingError unless images have `channels` channels, sides that `stride` divides, and floats in [0, 1].
+
+    On an accelerator the range is looked at there, without a wait: a violation ends the process at the next one.
+    """
     if image_BCHW.ndim != 4 or image_BCHW.shape[1] != channels:
         raise SettingError(
             f"the tokenizer takes images of shape (batch, {channels}, height, width), and got {tuple(image_BCHW.shape)}: "
@@ -51,3 +63,20 @@ def check_image_fits(image_BCHW: Tensor, stride: int, channels: int) -> None:
             smaller, larger = pixels // stride * stride, (pixels // stride + 1) * stride
             cure = f"{smaller} or {larger}" if smaller else f"{larger}"
             raise SettingError(f"image {side} {pixels} is no multiple of the tokenizer's stride {stride}: resize to {cure}")
+    if not image_BCHW.is_floating_point():
+        raise SettingError(f"the tokenizer takes pixels as floats in [0, 1], and got {_dtype(image_BCHW)}: divide by 255")
+    if image_BCHW.numel():
+        _check_range(image_BCHW)
+
+
+def _check_range(image_BCHW: Tensor) -> None:
+    low, high = image_BCHW.aminmax()  # both NaN where any pixel is
+    within = (low >= 0) & (high <= 1)
+    if torch.compiler.is_compiling() or image_BCHW.device.type != "cpu":
+        torch._assert_async(within, "the tokenizer takes pixels in [0, 1]: divide by 255, and do not normalize")
+    elif not within:
+        raise SettingError(f"the tokenizer takes pixels in [0, 1], and got {low:.4g} to {high:.4g}: divide by 255, and do not normalize")
+
+
+def _dtype(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")

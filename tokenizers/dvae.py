@@ -89,16 +89,20 @@ class DVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:
-        """Return ids_BPQ, int64 in [0, V): the likeliest code of each cell of images in [0, 1]. In fp32 under autocast too.
+        """Return ids_BPQ, int64 in [0, V): the likeliest code of each cell of images in [0, 1]. The same under autocast.
 
         Raises:
-            SettingError: the stride does not divide a side, or the channels are not those of training.
+            SettingError: the stride does not divide a side, the channels are not those of training, or pixels are not in [0, 1].
         """
         with torch.autocast(image_BCHW.device.type, enabled=False):
-            z_BDPQ = self.features(image_BCHW.float())
+            z_BDPQ = self.features(image_BCHW)
             parts = _rows(z_BDPQ).split(max(1, HELD // self.vocab_size))
             ids_M = torch.cat([self.codebook.logits(part_MD).argmax(1) for part_MD in parts])
         return ids_M.view(len(z_BDPQ), *z_BDPQ.shape[2:])
+
+    def encode_in(self, dtype: torch.dtype) -> None:
+        """Compute the encoder's convolutions in this dtype, the linear map of cells and the logits still in fp32; see the contract."""
+        self.encoder.to(dtype)
 
     @torch.no_grad()
     def decode(self, ids_BPQ: Tensor) -> Tensor:
@@ -164,8 +168,8 @@ class DVAE(nn.Module):
     def features(self, image_BCHW: Tensor) -> Tensor:
         """Return features z_BDPQ of images in [0, 1]."""
         check_image_fits(image_BCHW, self.stride, self.in_channels)
-        x_BCHW = self._standardised(image_BCHW).contiguous(memory_format=torch.channels_last)
-        return self.patch_in(x_BCHW) + self.encoder(x_BCHW)
+        x_BCHW = self._standardised(image_BCHW.float()).contiguous(memory_format=torch.channels_last)
+        return self.patch_in(x_BCHW) + self.encoder(x_BCHW.to(next(self.encoder.parameters()).dtype))
 
     def draw(self, code_BDPQ: Tensor) -> tuple[Tensor, Tensor]:
         """Return the image_BCHW, in standardised pixels, that these code vectors stand for, and what is learned of ln b, if anything."""

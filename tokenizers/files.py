@@ -6,15 +6,22 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load, save
 
 from mimetic.engine.config import write_atomically
-from mimetic.engine.errors import CheckpointError
-from mimetic.tokenizers.contract import ImageTokenizer
+from mimetic.engine.errors import CheckpointError, SettingError
+from mimetic.tokenizers.contract import EncodesInAnyPrecision, ImageTokenizer
+from mimetic.tokenizers.dalle import DalleTokenizer, DalleVAE
 from mimetic.tokenizers.dvae import DVAE
+from mimetic.tokenizers.published import DALLE, published_tokenizer
 
 CONFIG, WEIGHTS = "tokenizer.json", "model.safetensors"
-KINDS: dict[str, type] = {"dvae": DVAE}  # what `tokenizer.json` may name; `KIND(**arguments)` has the shapes of the weights
+KINDS: dict[str, type] = {  # what `tokenizer.json` may name; `KIND(**arguments)` has the shapes of the weights
+    "dvae": DVAE,
+    "dalle": DalleVAE,
+    "dalle-encoder": DalleTokenizer,
+}
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, provenance: dict[str, Any] | None = None) -> None:
@@ -37,10 +44,14 @@ def save_tokenizer(tokenizer: Any, folder: Path, provenance: dict[str, Any] | No
     temporary.rename(folder)
 
 
-def open_tokenizer(path: str | Path) -> ImageTokenizer:
-    """A tokenizer from its folder, or from the run folder that trained it: frozen, in eval mode.
+def open_tokenizer(path: str | Path, precision: str = "fp32") -> ImageTokenizer:
+    """A tokenizer from its folder, from the run folder that trained it, or by its name, "dalle": frozen, in eval mode.
+
+    Args:
+        precision: "fp32", or "bf16": faster, and where two codes are nearly as likely it may choose the other one.
 
     Raises:
+        SettingError: it has no such precision.
         CheckpointError: nothing there, of a kind that is not known, or damaged.
     """
     folder = find_tokenizer(path)
@@ -60,11 +71,15 @@ def open_tokenizer(path: str | Path) -> ImageTokenizer:
         tokenizer.load_state_dict(load(content))
     except Exception as error:
         raise _damaged(folder, error) from None
+    if precision != "fp32":
+        if precision != "bf16" or not isinstance(tokenizer, EncodesInAnyPrecision):
+            raise SettingError(f"precision {precision}: the tokenizer {path}, of kind {kind}, encodes in fp32{_or_bf16(tokenizer)}")
+        tokenizer.encode_in(torch.bfloat16)
     return tokenizer.eval().requires_grad_(False)
 
 
 def find_tokenizer(path: str | Path) -> Path:
-    """The folder that holds a tokenizer: itself, or within the run that trained it.
+    """The folder that holds a tokenizer: itself, within the run that trained it, or, of one with a name, in the user's own folder.
 
     Raises:
         CheckpointError: there is none.
@@ -72,7 +87,9 @@ def find_tokenizer(path: str | Path) -> Path:
     for folder in (Path(path), Path(path) / "tokenizer"):
         if (folder / CONFIG).exists():
             return folder
-    raise CheckpointError(f"{path}: no tokenizer there ({CONFIG}); train one with tokenizers/train_dvae.py")
+    if str(path) == DALLE:
+        return published_tokenizer(DALLE)
+    raise CheckpointError(f"{path}: no tokenizer there ({CONFIG}); train one with tokenizers/train_dvae.py, or take {DALLE!r}")
 
 
 def tokenizer_hash(path: str | Path) -> str:
@@ -84,6 +101,10 @@ def tokenizer_hash(path: str | Path) -> str:
         return hashlib.sha256(told.encode() + hashlib.sha256((folder / WEIGHTS).read_bytes()).digest()).hexdigest()
     except Exception as error:
         raise _damaged(folder, error) from None
+
+
+def _or_bf16(tokenizer: ImageTokenizer) -> str:
+    return " or bf16" if isinstance(tokenizer, EncodesInAnyPrecision) else " only"
 
 
 def _damaged(folder: Path, error: Exception) -> CheckpointError:

@@ -1,0 +1,500 @@
+"""DALL-E's dVAE against the package dall_e and transformers' FLAVA, and files of it from anywhere, hostile ones included."""
+
+import collections
+import copy
+import io
+import json
+import pickle
+import struct
+import zipfile
+from pathlib import Path
+
+import dall_e
+import pytest
+import torch
+from faulty_server import serving
+from safetensors.torch import save_file
+from tinyruns import beit_arguments, flip_byte, losses, run_here
+from torch import nn
+from transformers import FlavaImageCodebook, FlavaImageCodebookConfig
+from transformers.modeling_utils import PreTrainedModel  # noqa: F401  # loaded before warnings are errors in a test
+
+import mimetic
+from mimetic import cli
+from mimetic.engine.errors import CheckpointError, MimeticError, SettingError
+from mimetic.tokenizers import published
+from mimetic.tokenizers.contract import EncodesInAnyPrecision, ImageTokenizer, check_image_fits
+from mimetic.tokenizers.dalle import DalleTokenizer, DalleVAE
+from mimetic.tokenizers.dvae import DVAE
+from mimetic.tokenizers.files import open_tokenizer, save_tokenizer, tokenizer_hash
+from mimetic.tokenizers.importing import import_tokenizer, read_state
+
+SMALL = {"n_hid": 64, "n_blk_per_group": 1, "vocab_size": 512}  # the least that dall_e allows
+
+
+def perturbed(module: nn.Module, seed: int = 0) -> nn.Module:
+    """Weights of a scale at which every path matters, biases that are not 0."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.copy_(torch.randn(p.shape, generator=generator) * (0.3 if p.ndim == 1 else 1.6 / p[0].numel() ** 0.5))
+    return module.eval()
+
+
+def images(count: int, channels: int, height: int, width: int) -> torch.Tensor:
+    """Patches of colour, so that cells differ, and some noise."""
+    generator = torch.Generator().manual_seed(0)
+    patches = torch.rand(count, channels, -(-height // 6), -(-width // 6), generator=generator).round()
+    wide = patches.repeat_interleave(6, 2).repeat_interleave(6, 3)[..., :height, :width]
+    return 0.9 * wide + 0.1 * torch.rand(count, channels, height, width, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def theirs() -> tuple[nn.Module, nn.Module]:
+    return perturbed(dall_e.Encoder(**SMALL), 1), perturbed(dall_e.Decoder(n_init=32, **SMALL), 2)
+
+
+@pytest.fixture(scope="module")
+def pickles(theirs, tmp_path_factory) -> Path:
+    """A folder with encoder.pkl and decoder.pkl, as OpenAI's are: pickled modules."""
+    folder = tmp_path_factory.mktemp("pickles")
+    for name, module in zip(("encoder", "decoder"), theirs, strict=True):
+        torch.save(module, folder / f"{name}.pkl")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def imported(pickles, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("imported") / "dalle"
+    import_tokenizer(pickles / "encoder.pkl", out)
+    return out
+
+
+def test_ids_logits_and_pictures_are_those_of_dall_e(theirs, imported):
+    encoder, decoder = theirs
+    ours = open_tokenizer(imported)
+    image_BCHW = images(3, 3, 40, 24)
+    with torch.no_grad():
+        logits_BVPQ = encoder(dall_e.map_pixels(image_BCHW))
+    assert logits_BVPQ.std() > 0.1
+    assert (ours.logits(image_BCHW).movedim(-1, 1) - logits_BVPQ).abs().max() < 1e-4
+    ids_BPQ = ours.encode(image_BCHW)
+    assert ids_BPQ.dtype == torch.int64
+    assert torch.equal(ids_BPQ, logits_BVPQ.argmax(1))
+    assert ids_BPQ.unique().numel() > 5
+    with torch.no_grad():
+        one_hot_BVPQ = nn.functional.one_hot(ids_BPQ, 512).movedim(-1, 1).float()
+        statistics = decoder(one_hot_BVPQ)
+        expected = dall_e.unmap_pixels(torch.sigmoid(statistics[:, :3]).float())
+    assert (ours.draw(ids_BPQ) - statistics).abs().max() < 1e-4
+    assert (ours.decode(ids_BPQ) - expected).abs().max() < 1e-4
+    assert expected.std() > 0.05
+
+
+def test_the_published_size_has_the_published_names_and_shapes():
+    """At full size only shapes: what the network computes does not depend on it."""
+    with torch.device("meta"):
+        ours = DalleVAE()
+    assert sum(p.numel() for p in ours.encoder.parameters()) == 53_786_240
+    assert sum(p.numel() for p in ours.decoder.parameters()) == 43_829_766
+    for side, kind in (("encoder", dall_e.Encoder), ("decoder", dall_e.Decoder)):
+        theirs = {name: p.shape for name, p in kind(device=torch.device("meta")).named_parameters()}
+        found = {name: p.shape for name, p in getattr(ours, side).named_parameters()}
+        assert {f"blocks.{name.replace('weight', 'w').replace('bias', 'b')}": shape for name, shape in found.items()} == theirs
+
+
+def test_ids_are_those_of_flava(tmp_path):
+    config = FlavaImageCodebookConfig(vocab_size=300, hidden_size=16, num_blocks_per_group=2)
+    flava = perturbed(FlavaImageCodebook(config), 3)
+    files = {
+        "model.safetensors": lambda path: save_file({f"image_codebook.{k}": v for k, v in flava.state_dict().items()}
+                                                    | {"flava.logit_scale": torch.ones(1)}, path),
+        "own.safetensors": lambda path: save_file(flava.state_dict(), path),
+        "pytorch_model.bin": lambda path: torch.save({f"image_codebook.{k}": v for k, v in flava.state_dict().items()}, path),
+        "before-2020.bin": lambda path: torch.save(flava.state_dict(), path, _use_new_zipfile_serialization=False),
+    }  # fmt: skip
+    image_BCHW = images(2, 3, 32, 32)
+    expected_BPQ = flava.get_codebook_indices(dall_e.map_pixels(image_BCHW))
+    assert expected_BPQ.unique().numel() > 5
+    for name, write in files.items():
+        folder = tmp_path / f"of-{name}"
+        folder.mkdir()
+        write(folder / name)
+        ours = import_tokenizer(folder if name in ("model.safetensors", "pytorch_model.bin") else folder / name, tmp_path / f"out-{name}")
+        assert torch.equal(ours.encode(image_BCHW), expected_BPQ), name
+        assert not hasattr(ours, "decode")
+        assert type(open_tokenizer(tmp_path / f"out-{name}")) is DalleTokenizer
+
+
+def test_safetensors_with_the_names_of_dall_e(theirs, imported, tmp_path):
+    encoder, decoder = theirs
+    both = {f"encoder.{k}": v for k, v in encoder.state_dict().items()} | {f"decoder.{k}": v for k, v in decoder.state_dict().items()}
+    save_file(both, tmp_path / "both.safetensors")
+    save_file(dict(encoder.state_dict()), tmp_path / "one.safetensors")
+    save_file(dict(decoder.state_dict()), tmp_path / "other.safetensors")
+    wanted = open_tokenizer(imported).state_dict()
+    apart = import_tokenizer(tmp_path / "one.safetensors", tmp_path / "apart", tmp_path / "other.safetensors")
+    for ours in (import_tokenizer(tmp_path / "both.safetensors", tmp_path / "both"), apart):
+        assert type(ours) is DalleVAE
+        assert all(torch.equal(wanted[name], value) for name, value in ours.state_dict().items())
+
+
+def test_the_folder_says_where_it_comes_from_and_a_changed_byte_is_found(imported, pickles, tmp_path):
+    told = json.loads((imported / "tokenizer.json").read_text())
+    assert told["kind"] == "dalle"
+    assert told["arguments"] == {"vocab_size": 512, "in_channels": 3, "n_hid": 64, "n_blk_per_group": 1, "n_init": 32}
+    assert [source["file"] for source in told["source"]] == ["encoder.pkl", "decoder.pkl"]
+    assert len(told["source"][0]["sha256"]) == 64
+    again = tmp_path / "again"
+    import_tokenizer(pickles / "encoder.pkl", again)
+    assert tokenizer_hash(again) == tokenizer_hash(imported)
+    flip_byte(again / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors has sha256 .* damaged or replaced"):
+        open_tokenizer(again)
+
+
+def test_bf16_differs_only_where_two_codes_are_nearly_as_likely():
+    ours = perturbed(DalleVAE(512, 3, 32, 2), 4).requires_grad_(False)
+    image_BCHW = images(8, 3, 48, 48)
+    exact = ours.logits(image_BCHW)
+    fast = copy.deepcopy(ours)
+    fast.encode_in(torch.bfloat16)
+    assert fast.encoder.output.conv.weight.dtype == torch.float32
+    rough = fast.logits(image_BCHW)
+    assert rough.dtype == torch.float32
+    error = (rough - exact).abs().max()
+    assert 0 < error < 0.1 * exact.std()
+    best = exact.topk(2).values
+    differs = fast.encode(image_BCHW) != ours.encode(image_BCHW)
+    assert differs.float().mean() < 0.1
+    assert (best[..., 0] - best[..., 1])[differs].max() < 2 * error if differs.any() else True
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(ours.encode(image_BCHW), exact.argmax(-1))
+        assert torch.equal(fast.encode(image_BCHW), rough.argmax(-1))
+
+
+def test_a_trained_dvae_encodes_in_bf16_too(tmp_path):
+    torch.manual_seed(0)
+    dvae = DVAE(64, 8, 3, width=32)
+    image_BCHW = images(32, 3, 6, 6).repeat_interleave(8, -1).repeat_interleave(8, -2)
+    dvae.seed_codebook(image_BCHW)
+    nn.init.normal_(dvae.encoder[-1].weight, std=0.02)
+    save_tokenizer(dvae, tmp_path / "dvae")
+    exact, fast = open_tokenizer(tmp_path / "dvae"), open_tokenizer(tmp_path / "dvae", "bf16")
+    assert fast.encoder[0].weight.dtype == torch.bfloat16
+    assert fast.features(image_BCHW).dtype == torch.float32
+    assert (fast.features(image_BCHW) - exact.features(image_BCHW)).abs().max() > 0
+    assert (fast.encode(image_BCHW) == exact.encode(image_BCHW)).float().mean() > 0.98
+    assert torch.equal(fast.decode(exact.encode(image_BCHW)), exact.decode(exact.encode(image_BCHW)))
+    for wrong in ("fp16", "bfloat16"):
+        with pytest.raises(SettingError, match=f"precision {wrong}.*fp32 or bf16"):
+            open_tokenizer(tmp_path / "dvae", wrong)
+
+
+def test_it_keeps_the_contract():
+    ours = DalleVAE(16, 1, 8, 1, 8)
+    assert isinstance(ours, ImageTokenizer)
+    assert isinstance(ours, EncodesInAnyPrecision)
+    assert (ours.vocab_size, ours.stride, ours.in_channels) == (16, 8, 1)
+    again = DalleVAE(**ours.config)
+    again.load_state_dict(ours.state_dict())
+    ids_BPQ = ours.encode(images(2, 1, 16, 24))
+    assert ids_BPQ.shape == (2, 2, 3)
+    assert torch.equal(again.encode(images(2, 1, 16, 24)), ids_BPQ)
+    assert ours.decode(ids_BPQ).shape == (2, 1, 16, 24)
+    assert 0 <= ours.decode(ids_BPQ).min() <= ours.decode(ids_BPQ).max() <= 1
+
+
+def test_beit_pretrains_on_its_ids_in_either_precision(world, tmp_path):
+    torch.manual_seed(0)
+    save_tokenizer(perturbed(DalleVAE(32, 1, 8, 1, 8)), tmp_path / "dalle")
+    found = {}
+    for precision in ("fp32", "bf16"):
+        arguments = beit_arguments(world, tmp_path / precision, train__steps=3, tokenizer__path=tmp_path / "dalle")
+        found[precision] = losses(run_here("pretrain/beit.py", [*arguments, "--tokenizer.precision", precision]))
+    assert len(found["bf16"]) == len(found["fp32"]) == 3
+    assert found["bf16"] == pytest.approx(found["fp32"], abs=0.1)
+    with pytest.raises(SettingError, match=r"tokenizer\.precision is 'fp16'; it must be fp32 or bf16"):
+        run_here("pretrain/beit.py", [*arguments, "--tokenizer.precision", "fp16"])
+
+
+@pytest.mark.parametrize("tokenizer", [DalleVAE(16, 3, 8, 1, 8), DVAE(16, 8, 3, width=16)], ids=["dalle", "dvae"])
+def test_unfit_images_are_refused_in_one_line(tokenizer):
+    unfit = {
+        r"width 30 .*stride 8.* 24 or 32": images(1, 3, 32, 30),
+        r"\(batch, 3, .*\(1, 1, 8, 8\).*3 channel": images(1, 1, 8, 8),
+        r"floats in \[0, 1\], and got uint8: divide by 255": torch.zeros(1, 3, 8, 8, dtype=torch.uint8),
+        r"\[0, 1\], and got 0 to 255: divide by 255": torch.linspace(0, 255, 192).view(1, 3, 8, 8),
+        r"\[0, 1\], and got -2 to 1: .*do not normalize": torch.linspace(-2, 1, 192).view(1, 3, 8, 8),
+        r"got nan to nan": torch.full((1, 3, 8, 8), 0.5).index_fill(2, torch.tensor(3), torch.nan),
+    }  # fmt: skip
+    for told, image_BCHW in unfit.items():
+        with pytest.raises(SettingError, match=told) as caught:
+            tokenizer.encode(image_BCHW)
+        assert "\n" not in str(caught.value)
+    assert tokenizer.encode(images(0, 3, 8, 8)).shape == (0, 1, 1)
+
+
+def test_the_range_is_looked_at_without_a_graph_break():
+    def checked(image_BCHW: torch.Tensor) -> torch.Tensor:
+        check_image_fits(image_BCHW, 8, 3)
+        return image_BCHW * 2
+
+    compiled = torch.compile(checked, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(images(1, 3, 8, 8)), 2 * images(1, 3, 8, 8))
+    with pytest.raises(RuntimeError, match=r"pixels in \[0, 1\]"):
+        compiled(3 * images(1, 3, 8, 8))
+
+
+def global_pickle(path: str, name: str, argument: str) -> bytes:
+    """Protocol 2: calls path.name(argument)."""
+    text = argument.encode()
+    return b"\x80\x02c" + f"{path}\n{name}\n".encode() + b"X" + struct.pack("<I", len(text)) + text + b"\x85R."
+
+
+class Calls:
+    """Pickles as a call of anything."""
+
+    def __init__(self, function, *arguments):
+        self.call = (function, arguments)
+
+    def __reduce__(self):
+        return self.call
+
+
+class Smuggler:
+    """Comes back with a state that its class would act on."""
+
+    def __setstate__(self, state):
+        Path(state["witness"]).touch()
+
+
+def attacks(witness: Path) -> dict[str, bytes]:
+    """Pickles that touch the witness when they are loaded by a reader that allows it."""
+    touch, code = f"touch {witness}", f"__import__('pathlib').Path({str(witness)!r}).touch()"
+    smuggled = Smuggler()
+    smuggled.witness = str(witness)
+    nested = collections.OrderedDict({"blocks.input.w": torch.zeros(1), "inner": [({"deep": Calls(eval, code)},)]})
+    # opcodes by hand: STACK_GLOBAL, INST, OBJ, and a state for the class that modules are recorded as
+    stack_global = b"\x80\x04\x8c\x02os\x8c\x06system\x93" + b"X" + struct.pack("<I", len(touch)) + touch.encode() + b"\x85R."
+    inst = b"(" + b"S'" + touch.encode() + b"'\n" + b"ios\nsystem\n."
+    obj = b"(cos\nsystem\nS'" + touch.encode() + b"'\no."
+    of_module = b"\x80\x02cdall_e.encoder\nEncoder\n)\x81}X\x0c\x00\x00\x00__setstate__cos\nsystem\nsbX" + struct.pack("<I", len(touch))
+    build = of_module + touch.encode() + b"b."
+    reduce_module = b"\x80\x02cdall_e.encoder\nEncoder\ncbuiltins\neval\nX" + struct.pack("<I", len(code)) + code.encode() + b"\x86R."
+    typed = b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(cbuiltins\neval\nctorch\nTensor\nX" + struct.pack("<I", len(code))
+    rebuild = typed + code.encode() + b"\x85}tR."
+    return {
+        "os.system": pickle.dumps(Calls(__import__("os").system, touch), 2),
+        "posix.system": global_pickle("posix", "system", touch),
+        "builtins.eval": global_pickle("builtins", "eval", code),
+        "builtins.exec": global_pickle("builtins", "exec", code),
+        "__builtin__.eval": global_pickle("__builtin__", "eval", code),
+        "subprocess": pickle.dumps(Calls(__import__("subprocess").getoutput, touch), 2),
+        "getattr chain": pickle.dumps(Calls(getattr, Calls(__import__, "os"), "system"), 2),
+        "runpy": global_pickle("runpy", "run_path", str(witness.with_name("evil.py"))),
+        "importlib": global_pickle("importlib", "import_module", "evil"),
+        "torch.hub": global_pickle("torch.hub", "load", str(witness.parent)),
+        "torch.load": global_pickle("torch.serialization", "load", str(witness.with_name("os.system"))),
+        "torch._utils": global_pickle("torch._utils", "_import_dotted_name", "os.system"),
+        "numpy": pickle.dumps(Calls(__import__("numpy").load, str(witness.with_name("evil.npy")), None, True), 2),
+        "codecs": global_pickle("codecs", "open", str(witness)),
+        "dotted name": global_pickle("torch.nn.modules.container", "Sequential.__init__.__globals__", code),
+        "__setstate__": pickle.dumps(smuggled, 2),
+        "nested": pickle.dumps(nested, 2),
+        "protocol 5": pickle.dumps(Calls(eval, code), 5),
+        "STACK_GLOBAL": stack_global,
+        "INST": inst,
+        "OBJ": obj,
+        "BUILD": build,
+        "REDUCE of a module": reduce_module,
+        "REDUCE within torch": rebuild,
+        "a class that dall_e does not have": global_pickle("dall_e.utils", "os.system", touch),
+    }
+
+
+def as_zip(content: bytes) -> bytes:
+    """What torch.save writes now."""
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr("archive/data.pkl", content)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+    return file.getvalue()
+
+
+def as_legacy(content: bytes) -> bytes:
+    """What torch.save wrote before 2020: four pickles, then storages."""
+    head = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}]
+    return b"".join(pickle.dumps(each, 2) for each in head) + content + pickle.dumps([], 2)
+
+
+def test_no_file_gets_code_run(tmp_path, capfd):
+    witness, out = tmp_path / "witness", tmp_path / "out"
+    (tmp_path / "evil.py").write_text(f"open({str(witness)!r}, 'w')")
+    (tmp_path / "hubconf.py").write_text(f"open({str(witness)!r}, 'w')")
+    (tmp_path / "evil.npy").write_bytes(pickle.dumps(Calls(eval, f"open({str(witness)!r}, 'w')")))
+    for name, content in attacks(witness).items():
+        for wrapped, suffix in ((as_zip(content), "zip"), (as_legacy(content), "legacy"), (content, "bare")):
+            file = tmp_path / f"{suffix} {name}.pkl"
+            file.write_bytes(wrapped)
+            with pytest.raises(CheckpointError) as caught:
+                import_tokenizer(file, out)
+            assert not witness.exists(), file
+            assert str(file) in str(caught.value)
+            assert "\n" not in str(caught.value)
+            assert len(str(caught.value)) < 600
+    assert not out.exists()
+    assert capfd.readouterr() == ("", "")
+
+
+def test_the_attacks_are_real(tmp_path):
+    """Python's own unpickler falls for them, so the test above tests something."""
+    witness = tmp_path / "witness"
+    by_hand = attacks(witness)
+    for name in ("os.system", "posix.system", "builtins.eval", "builtins.exec", "__builtin__.eval", "subprocess", "__setstate__", "nested",
+                 "protocol 5", "STACK_GLOBAL", "INST", "OBJ", "BUILD"):  # fmt: skip
+        pickle.loads(by_hand[name])
+        assert witness.exists(), name
+        witness.unlink()
+
+
+def test_the_line_names_what_the_file_asks_for(tmp_path):
+    file = tmp_path / "encoder.pkl"
+    file.write_bytes(as_zip(global_pickle("posix", "system", "true")))
+    with pytest.raises(CheckpointError, match=r"encoder\.pkl is refused: it asks for posix\.system, .*nothing of it was run"):
+        read_state(file)
+
+
+def test_a_module_of_the_old_format_is_refused_with_the_cure(theirs, tmp_path):
+    torch.save(theirs[0], tmp_path / "encoder.pkl", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"before 2020.*save its state_dict instead, as safetensors"):
+        read_state(tmp_path / "encoder.pkl")
+
+
+def test_states_that_are_not_this_network_are_refused_in_one_line(theirs, tmp_path):
+    good = theirs[0].state_dict()
+    name = "blocks.group_2.block_1.res_path.conv_2.w"
+    state = {
+        "missing": ({k: v for k, v in good.items() if k != name}, r"encoder\.group_2\.block_1\.res_path\.conv_2\.weight is missing"),
+        "shape": (good | {name: torch.zeros(3, 3)}, r"conv_2\.weight is \(3, 3\), and \(32, 32, 3, 3\)"),
+        "more": (good | {"blocks.group_9.w": torch.zeros(1)}, r"group_9\.weight is \(1,\), and not expected"),
+        "nan": (good | {name: torch.full_like(good[name], torch.nan)}, "not finite"),
+        "integers": (good | {name: good[name].int()}, "torch.int32"),
+        "pretence": (good | {name: torch.zeros(1).expand(1 << 40)}, "claims 1,099,511,627,776 numbers"),
+        "nothing": ({"weight": torch.zeros(1)}, "no tokenizer that is known here"),
+        "flat": (good | {"blocks.input.w": torch.zeros(64)}, "holds no encoder"),
+        "no block": ({k: v for k, v in good.items() if "group_1" not in k}, "holds no encoder"),
+        "decoder": (theirs[1].state_dict(), "holds no encoder.*--decoder"),
+    }
+    for case, (content, told) in state.items():
+        torch.save(dict(content), tmp_path / f"{case}.pt")
+        with pytest.raises(CheckpointError, match=told) as caught:
+            import_tokenizer(tmp_path / f"{case}.pt", tmp_path / "out")
+        assert "\n" not in str(caught.value)
+        assert f"{case}.pt" in str(caught.value)
+    (tmp_path / "text.pkl").write_text("<html>404</html>")
+    (tmp_path / "empty.pkl").touch()
+    (tmp_path / "cut.safetensors").write_bytes(struct.pack("<Q", 999) + b'{"blocks')
+    (tmp_path / "folder").mkdir()
+    for file in ("text.pkl", "empty.pkl", "cut.safetensors", "folder", "absent.pkl"):
+        with pytest.raises(CheckpointError, match=file):
+            import_tokenizer(tmp_path / file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_import_takes_no_folder_of_somebody(pickles, imported, tmp_path, monkeypatch):
+    (tmp_path / "mine.txt").touch()
+    for out in (tmp_path, tmp_path / "mine.txt"):
+        with pytest.raises(SettingError, match=r"there is mine\.txt.*new folder"):
+            import_tokenizer(pickles / "encoder.pkl", out)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SettingError, match="new folder"):
+        import_tokenizer(pickles / "encoder.pkl", Path())
+    with pytest.raises(CheckpointError, match=r"encoder\.pkl holds an encoder"):
+        import_tokenizer(pickles / "encoder.pkl", tmp_path / "out", pickles / "encoder.pkl")
+
+
+def command(*words: object) -> None:
+    cli.sys.argv = ["mimetic", *map(str, words)]
+    cli.dispatch()
+
+
+def test_the_command(pickles, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli.sys, "argv", [])
+    command("tokenizer", "import", pickles / "encoder.pkl", tmp_path / "out")
+    assert "tokenizer of 512 codes, stride 8, 3 channels" in capsys.readouterr().out
+    assert hasattr(mimetic.open_tokenizer(tmp_path / "out"), "decode")
+    with pytest.raises(SettingError, match="VERB"):
+        command("tokenizer", "export", "a", "b")
+    with pytest.raises(MimeticError, match="absent"):
+        command("tokenizer", "import", "absent", tmp_path / "out")
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch, pickles) -> Path:
+    """The user's own folder, and hashes as if the pickles here were the published ones."""
+    monkeypatch.setenv("MIMETIC_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(published, "PATIENCE", 1.0)
+    monkeypatch.setattr(published, "TELL", 0.0)
+    monkeypatch.chdir(tmp_path)
+    from mimetic.tokenizers.importing import _sha256
+
+    monkeypatch.setattr(published, "FILES", {"encoder.pkl": _sha256(pickles / "encoder.pkl"), "decoder.pkl": None})
+    return tmp_path / "home/tokenizers"
+
+
+def test_the_published_tokenizer_is_fetched_once_over_a_bad_line(home, pickles, imported, monkeypatch, capsys):
+    with serving(pickles) as server:
+        monkeypatch.setattr(published, "ADDRESS", server.address)
+        server.faults = ["drop", "500", "short"]
+        ours = mimetic.open_tokenizer("dalle")
+        assert server.asked == {"encoder.pkl": 1, "decoder.pkl": 1}
+        assert server.again["encoder.pkl"] >= 1
+        mimetic.open_tokenizer("dalle", "bf16")
+        assert server.asked.total() == 2
+    image_BCHW = images(1, 3, 32, 32)
+    assert torch.equal(ours.encode(image_BCHW), open_tokenizer(imported).encode(image_BCHW))
+    assert tokenizer_hash("dalle") == tokenizer_hash(imported)
+    assert sorted(path.name for path in home.iterdir()) == [".dalle.lock", "dalle"]
+    out = capsys.readouterr().out
+    assert "as expected" in out
+    assert "no published one to compare" in out
+    assert " MB of " in out
+
+
+def test_another_file_than_the_published_one_is_refused(home, pickles, monkeypatch):
+    with serving(pickles) as server:
+        monkeypatch.setattr(published, "ADDRESS", server.address)
+        server.faults = ["garbage"]
+        with pytest.raises(CheckpointError, match=r"encoder\.pkl has sha256 \w{12}\.\.\., \w{12}\.\.\. was expected") as caught:
+            mimetic.open_tokenizer("dalle")
+        assert "\n" not in str(caught.value)
+        assert not list(home.glob("dalle*"))
+        mimetic.open_tokenizer("dalle")
+
+
+def test_without_a_network_it_says_what_to_put_where(home, pickles, monkeypatch):
+    monkeypatch.setattr(published, "ADDRESS", "http://127.0.0.1:9")
+    with pytest.raises(CheckpointError, match=r"not here yet.*mimetic tokenizer import encoder\.pkl") as caught:
+        mimetic.open_tokenizer("dalle")
+    assert "\n" not in str(caught.value)
+    told = str(caught.value).split("`")[1]
+    command(*told.split()[1:-2], pickles / "encoder.pkl", told.split()[-1])
+    assert mimetic.open_tokenizer("dalle").vocab_size == 512
+
+
+def test_a_folder_of_that_name_comes_first(home, imported, tmp_path):
+    (tmp_path / "dalle").symlink_to(imported)
+    assert open_tokenizer("dalle").vocab_size == 512
+    assert not home.exists()
+
+
+def test_the_users_folder(monkeypatch):
+    for name in ("MIMETIC_HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    assert published.tokenizers_folder() == Path.home() / ".cache/mimetic/tokenizers"
+    monkeypatch.setenv("XDG_CACHE_HOME", "/a")
+    assert published.tokenizers_folder() == Path("/a/mimetic/tokenizers")
+    monkeypatch.setenv("MIMETIC_HOME", "/b")
+    assert published.tokenizers_folder() == Path("/b/tokenizers")
