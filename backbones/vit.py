@@ -64,7 +64,7 @@ class ViT(Backbone):
         self.mask_grid = self.feature_grid = self.stem_grid = _grid(self.image_size, self.patch_size)
         self.has_cls, self.has_dist, self.global_pool = class_token, dist_token, global_pool
         self._is_beit = not key_bias  # timm writes BEiT in a file of its own, with its own names
-        relative = use_rel_pos_bias or use_shared_rel_pos_bias
+        self.relative = relative = use_rel_pos_bias or use_shared_rel_pos_bias
         if depth < 1 or mlp_ratio <= 0 or not 0 <= drop_path_rate < 1:
             raise SettingError(f"depth {depth}, mlp_ratio {mlp_ratio:g}, drop_path_rate {drop_path_rate:g}: depth must be 1 or more, "
                                "mlp_ratio above 0, drop_path_rate in [0, 1)")  # fmt: skip
@@ -101,6 +101,28 @@ class ViT(Backbone):
         return Features(
             self._map(x_BND), x_BND[:, 0] if self.has_cls else None, x_BND[:, 1] if self.has_dist else None, tuple(maps)
         )
+
+    def forward_visible(self, image_BCHW: Tensor, visible_BN: Tensor) -> Tensor:
+        """Encode some patches of each image as if there were no others, which costs nothing then (MAE, arXiv:2111.06377).
+
+        Args:
+            image_BCHW: normalised pixels; those of other patches reach nothing.
+            visible_BN: int64, places of patches in reading order from 0; as many in every image, in any order.
+
+        Returns:
+            Tokens after the final norm, (B, prefix + N, D): [CLS] and [DIST] where the net has them, then the patches as asked.
+
+        Raises:
+            SettingError: an image that does not fit, or relative position bias, whose tables are of whole grids.
+        """
+        self.check_image(image_BCHW)
+        if self.relative:
+            raise SettingError("relative position bias knows whole grids only, and here visible patches are encoded alone; set "
+                               'backbone.overrides to {"use_rel_pos_bias": false, "use_abs_pos_emb": true}')  # fmt: skip
+        x_BND = self.patch_embed(image_BCHW, None, visible_BN)
+        for block in self.blocks:
+            x_BND = self.run_block(block, x_BND, None)
+        return self.norm(x_BND)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         """Logits, or pooled features without classes. A distilled net answers with the mean of its two heads."""
@@ -217,21 +239,31 @@ class PatchEmbedding(nn.Module):
         count = grid[0] * grid[1] + (0 if patches_only else self.num_prefix)
         self.pos_embed = nn.Parameter(torch.empty(1, count, width)) if positions else None
 
-    def forward(self, image_BCHW: Tensor, hidden_BPQ: Tensor | None = None) -> Tensor:
-        """(B, C, H, W) and bool (B, P, Q), True = hidden -> (B, N, D)."""
+    def forward(self, image_BCHW: Tensor, hidden_BPQ: Tensor | None = None, visible_BN: Tensor | None = None) -> Tensor:
+        """(B, C, H, W) and bool (B, P, Q), True = hidden -> (B, N, D); of the patches at `visible_BN` alone where that is given."""
         if hidden_BPQ is not None:
             hidden_BPQ = repeat_mask(hidden_BPQ, self.grid)
             image_BCHW = zero_hidden(image_BCHW, hidden_BPQ)
         # A product of patches and weights: the same as the convolution, and on a CPU its gradient takes a fraction of the time.
         patch_BNK = rearrange(image_BCHW, "B C (P a) (Q b) -> B (P Q) (C a b)", P=self.grid[0], Q=self.grid[1])
+        if visible_BN is not None:
+            patch_BNK = patch_BNK.gather(1, visible_BN[..., None].expand(-1, -1, patch_BNK.shape[-1]))
         x_BND = linear(patch_BNK, self.proj.weight.flatten(1), self.proj.bias)
         if hidden_BPQ is not None:
             x_BND = hide(x_BND, rearrange(hidden_BPQ, "B P Q -> B (P Q) 1"), self.mask_token)
-        if self.pos_embed is not None and self.patches_only:
-            x_BND = x_BND + self.pos_embed
+        positions_BND = self.pos_embed if self.pos_embed is None or visible_BN is None else self._positions(visible_BN)
+        if positions_BND is not None and self.patches_only:
+            x_BND = x_BND + positions_BND
         prefix = [token.expand(len(x_BND), -1, -1) for token in (self.cls_token, self.dist_token) if token is not None]
         x_BND = torch.cat([*prefix, x_BND], dim=1)
-        return x_BND if self.pos_embed is None or self.patches_only else x_BND + self.pos_embed
+        return x_BND if positions_BND is None or self.patches_only else x_BND + positions_BND
+
+    def _positions(self, visible_BN: Tensor) -> Tensor:
+        """Of [CLS] and [DIST] if they have any, and of the visible patches, (B, N, D)."""
+        first = 0 if self.patches_only else self.num_prefix
+        prefix_BN = torch.arange(first, device=visible_BN.device).expand(len(visible_BN), -1)
+        # F.embedding and not table[index], as for bias tables below
+        return F.embedding(torch.cat([prefix_BN, visible_BN + first], 1), self.pos_embed[0])  # type: ignore[index]
 
     def resized_from(self, other: "PatchEmbedding") -> dict[str, Tensor]:
         """The other's positions on this grid.

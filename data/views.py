@@ -113,6 +113,19 @@ class PretrainViews:
         return batch if self.masks is None else batch | {"hidden": self.masks.sample(mix(seeds_B, MASK))}
 
 
+class MaskedViews:
+    """`image` (uint8 BCHW) and its mask `hidden` (bool BPQ): all that is needed where pixels themselves are to be predicted."""
+
+    def __init__(self, image_size: int, augmentation: Augmentation, masks: MaskGenerator) -> None:
+        self.image_size, self.augmentation, self.masks = image_size, augmentation, masks
+
+    def __call__(self, images: Images, seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
+        """Args as in `mimetic.data.stream.Transform`."""
+        crops = self.augmentation(images, seeds_B, self.image_size)
+        (image_BCHW,) = resized(crops, len(images), (self.image_size, "bicubic"))
+        return {"image": image_BCHW, "hidden": self.masks.sample(mix(seeds_B, MASK))}
+
+
 class ClassifyViews:
     """`image` (BCHW): augmented for training, or the centre for evaluation (`augmentation=None`)."""
 
@@ -196,3 +209,7 @@ class Normalize(nn.Module):
     def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         """float32 BCHW."""
         return (in_unit_range(image_BCHW) - self.mean_C11) / self.std_C11
+
+    def undo(self, normalized_BCHW: torch.Tensor) -> torch.Tensor:
+        """Normalized pixels as they were, in [0, 1]."""
+        return normalized_BCHW * self.std_C11 + self.mean_C11

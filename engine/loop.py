@@ -39,11 +39,13 @@ class Evaluation:
         stream: opens held-out images of this rank, padded and in order.
         measure: records from the batches of that stream, on the device; called on all ranks, the objective in eval mode.
         best: the metric whose highest value marks the best checkpoint.
+        lowest: its lowest value does, as of a loss.
     """
 
     stream: Callable[[], Stream]
     measure: Callable[[Batches], list[Record]]
     best: str = ""
+    lowest: bool = False
 
 
 def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], kind: str, accelerator: "Accelerator",
@@ -408,7 +410,7 @@ class _Loop:
             self.run.metrics(self.step, {r.metric: r.value, "samples": samples, "seconds": self.seconds})
             if self.accelerator.is_main_process:
                 print(f"{r.metric} {r.value:.4f}" + (f" over {r.count:,} images" if r.count else ""), flush=True)
-        if self.accelerator.is_main_process and self.run.is_best(evaluation.best, records):
+        if self.accelerator.is_main_process and self.run.is_best(evaluation.best, records, evaluation.lowest):
             self.keeper.mark_best(self.step)
         self.run.record(*(replace(record, **progress) for record in records))  # last: a start after a kill takes it for all of this
 

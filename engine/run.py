@@ -147,10 +147,11 @@ class Run:
         """Whether an evaluation after this step has been recorded."""
         return any(line["step"] == step for line in read_lines(self.folder / "records.jsonl"))
 
-    def is_best(self, metric: str, records: Sequence[Record]) -> bool:
-        """Whether none of the evaluations so far has a higher value of a metric than these records."""
-        before = [line["value"] for line in read_lines(self.folder / "records.jsonl") if line["metric"] == metric]
-        return any(record.metric == metric and record.value >= max(before, default=-math.inf) for record in records)
+    def is_best(self, metric: str, records: Sequence[Record], lowest: bool = False) -> bool:
+        """Whether none of the evaluations so far has a higher value of a metric than these records, or a lower one."""
+        sign = -1 if lowest else 1
+        before = [sign * line["value"] for line in read_lines(self.folder / "records.jsonl") if line["metric"] == metric]
+        return any(record.metric == metric and sign * record.value >= max(before, default=-math.inf) for record in records)
 
     def picture(self, step: int, image_HWC: np.ndarray | None) -> None:
         """Saves samples/step-00000123.png and shows it in TensorBoard."""

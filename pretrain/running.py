@@ -24,6 +24,7 @@ class Pretraining(NamedTuple):
         plain: the views it is measured on: the whole picture, unaltered.
         title: what the first line says is going to happen.
         best: the metric whose highest value marks the best checkpoint.
+        lowest: its lowest value does, as of a loss.
     """
 
     objective: Any
@@ -31,6 +32,7 @@ class Pretraining(NamedTuple):
     plain: "Transform"
     title: str
     best: str
+    lowest: bool = False
 
 
 Build = Callable[[Any, "Index | Mixture", "torch.device"], Pretraining]
@@ -56,7 +58,7 @@ def run_pretraining(invocation: Invocation[Any], build: Build) -> None:
 
     index = open_data(recipe.data)
     held_out = open_held_out(recipe.evaluate_on, index) if recipe.evaluate_on else index
-    objective, training, plain, title, best = build(recipe, index, accelerator.device)
+    objective, training, plain, title, best, lowest = build(recipe, index, accelerator.device)
     ranks = {"rank": accelerator.process_index, "world": accelerator.num_processes, "workers": recipe.data.workers}
     stream = ShardStream(index, recipe.data.batch_size, seed=recipe.seed, tail="drop", transform=training,
                          accumulate=recipe.train.accumulate, **ranks, **recipe.data.shuffling)  # fmt: skip
@@ -64,6 +66,7 @@ def run_pretraining(invocation: Invocation[Any], build: Build) -> None:
         lambda: ShardStream(held_out, 2 * recipe.data.batch_size, shuffle=False, transform=plain, **ranks),
         lambda batches: evaluate(objective, batches, accelerator.device),
         best=best,
+        lowest=lowest,
     )
     trained = train(objective, stream, invocation=invocation, kind="pretrain", accelerator=accelerator, title=title,
                     evaluation=evaluation if recipe.evaluate_on else None,

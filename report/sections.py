@@ -14,6 +14,13 @@ from mimetic.report.runs import RunFolder
 from mimetic.report.wording import percent, plain, seconds, slug, whole
 
 PRETRAIN_ROWS = ("image", "what the encoder sees (grey is hidden)", "its tokens, decoded", "tokens predicted at hidden cells, decoded")
+PIXEL_ROWS = ("image", "what the encoder sees (grey is hidden)", "pixels predicted at hidden places")
+# What each way of pretraining is punished for, by the section of its recipe: losses of different ways share no picture.
+PRETRAIN_LOSSES = {
+    "tokenizer": ("pretrain-loss", "cross entropy over hidden cells (nats)"),
+    "simmim": ("pretrain-loss-simmim", "mean absolute error of hidden pixels (SimMIM)"),
+    "mae": ("pretrain-loss-mae", "mean squared error of hidden pixels (MAE)"),
+}  # fmt: skip
 TOKENIZER_ROWS = ("image", "its tokens, decoded")
 MEASURES = {
     "codes_used": "codes used, %", "perplexity": "perplexity, all cells", "perplexity_non_blank": "perplexity, non-blank cells",
@@ -64,10 +71,11 @@ def pretrain(runs: Sequence[RunFolder]) -> Section:
     figures = [
         _metric_curves(runs, members, "pretrain-masked-accuracy", "masked_accuracy", "hidden tokens predicted rightly", share=True,
                        level=level),
-        _metric_curves(runs, members, "pretrain-loss", "loss", "cross entropy over hidden cells (nats)"),
+        *(_metric_curves(runs, [run for run in members if section in run.config], name, "loss", label)
+          for section, (name, label) in PRETRAIN_LOSSES.items()),
         _metric_curves(runs, members, "pretrain-codes", "predicted_codes_used", "different codes predicted"),
         _metric_curves(runs, members, "pretrain-perplexity", "predicted_codes_perplexity", "perplexity of predicted codes"),
-        *(_picture(run, PRETRAIN_ROWS, "Masked image modeling") for run in members),
+        *(_picture(run, PRETRAIN_ROWS if "tokenizer" in run.config else PIXEL_ROWS, "Masked image modeling") for run in members),
     ]
     text = ["The numbers are of training, from the last line of the log; what the features are worth shows in fine-tuning."]
     tables = [Table("Where pretraining stands", columns, rows)] if rows else []
@@ -135,7 +143,7 @@ def _pretrain_row(run: RunFolder) -> tuple[str, ...]:
 
 def _commonest_code(runs: Sequence[RunFolder], members: Sequence[RunFolder]) -> tuple[str, float] | None:
     """What always guessing the commonest code would score, if the one tokenizer of all these runs is on the page."""
-    paths = {Path(str(run.setting("tokenizer.path"))).resolve() for run in members}
+    paths = {Path(str(path)).resolve() for run in members if (path := run.setting("tokenizer.path"))}
     used = [run for run in runs if run.kind == "tokenizer" and paths == {run.folder.resolve()}]
     counts = _counts(used[0]) if used else None
     return ("always the code commonest on held-out images", max(counts) / sum(counts)) if counts else None

@@ -8,6 +8,7 @@ import yaml
 from mimetic.engine.config import parse
 from mimetic.finetune.logistic import LogisticRecipe
 from mimetic.finetune.recipe import ClassifyRecipe
+from mimetic.pretrain.pixel_recipes import MaeRecipe, SimmimRecipe
 from mimetic.pretrain.recipe import BeitRecipe
 from mimetic.tokenizers.recipe import DvaeRecipe
 
@@ -18,6 +19,10 @@ HEADERS = ("# Run:", "# Cost:", "# Expect:")
 def recipe_class(settings: dict) -> type:
     if "dvae" in settings:
         return DvaeRecipe
+    if "simmim" in settings:
+        return SimmimRecipe
+    if "mae" in settings:
+        return MaeRecipe
     if "tokenizer" in settings:
         return BeitRecipe
     return ClassifyRecipe if "train" in settings else LogisticRecipe

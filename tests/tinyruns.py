@@ -87,6 +87,27 @@ def beit_arguments(world: Path, out: Path, *, overrides: dict[str, Any] | None =
     return settings_words(settings | {name.replace("__", "."): value for name, value in changes.items()})
 
 
+def pixel_arguments(world: Path, out: Path, *, overrides: dict[str, Any] | None = None, **changes: Any) -> list[str]:
+    """The command line of a tiny pretraining on pixels, SimMIM's or MAE's but for their own section."""
+    settings: dict[str, Any] = {
+        "out": out, "data.index": world / "data", "data.batch_size": 16, "data.workers": 0, "train.steps": 20, "optim.lr": 2e-3,
+        "backbone.name": "vit_tiny_patch16_224", "backbone.image_size": 16, "backbone.overrides": TINY | (overrides or {}),
+        "views.crop_low": 0.5,
+    }  # fmt: skip
+    return settings_words(settings | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def simmim_arguments(world: Path, out: Path, **changes: Any) -> list[str]:
+    """The command line of a tiny SimMIM pretraining."""
+    return pixel_arguments(world, out, **{"simmim__unit": 4, "simmim__ratio": 0.5} | changes)
+
+
+def mae_arguments(world: Path, out: Path, **changes: Any) -> list[str]:
+    """The command line of a tiny MAE pretraining."""
+    decoder = {"mae__decoder_embed_dim": 16, "mae__decoder_depth": 1, "mae__decoder_num_heads": 2}
+    return pixel_arguments(world, out, **decoder | changes)
+
+
 def classify_arguments(world: Path, out: Path, *, overrides: dict[str, Any] | None = None, **changes: Any) -> list[str]:
     """The command line of a tiny classification."""
     settings: dict[str, Any] = {
@@ -111,12 +132,17 @@ def run_here(kind: str, arguments: list[str]) -> Path:
     """Trains in this process: no start to pay for. Returns the run folder."""
     from mimetic.finetune.classify import classify
     from mimetic.finetune.recipe import ClassifyRecipe
+    from mimetic.pretrain import mae, simmim
     from mimetic.pretrain.beit import pretrain
+    from mimetic.pretrain.pixel_recipes import MaeRecipe, SimmimRecipe
     from mimetic.pretrain.recipe import BeitRecipe
     from mimetic.tokenizers.recipe import DvaeRecipe
     from mimetic.tokenizers.train_dvae import train_dvae
 
-    recipe, work = {"beit": (BeitRecipe, pretrain), "classify": (ClassifyRecipe, classify), "dvae": (DvaeRecipe, train_dvae)}[kind]
+    recipe, work = {
+        "beit": (BeitRecipe, pretrain), "classify": (ClassifyRecipe, classify), "dvae": (DvaeRecipe, train_dvae),
+        "simmim": (SimmimRecipe, simmim.pretrain), "mae": (MaeRecipe, mae.pretrain),
+    }[kind]  # fmt: skip
     reset_accelerate()
     invocation = parse(recipe, example="", argv=arguments)
     work(invocation)
