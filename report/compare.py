@@ -19,10 +19,11 @@ from mimetic.report.runs import RunFolder, read_runs
 from mimetic.report.wording import percent, whole
 
 LAUNCHED = "accelerate launch"
-# Kind of run -> its script's command, and a setting that only this script's recipe has: other scripts may share the kind.
+# Kind of run -> settings that only one script's recipe has, the most particular first, and that script's command.
 SCRIPTS = {
-    "tokenizer": (f"{LAUNCHED} tokenizers/train_dvae.py", "dvae"), "pretrain": (f"{LAUNCHED} pretrain/beit.py", "tokenizer"),
-    "classify": (f"{LAUNCHED} finetune/classify.py", "backbone"), "reference": ("python finetune/logistic.py", "max_iter"),
+    "tokenizer": {"dvae": f"{LAUNCHED} tokenizers/train_dvae.py", "vqkd": f"{LAUNCHED} tokenizers/train_vqkd.py"},
+    "pretrain": {"aggregation": f"{LAUNCHED} pretrain/beit2.py", "tokenizer": f"{LAUNCHED} pretrain/beit.py"},
+    "classify": {"backbone": f"{LAUNCHED} finetune/classify.py"}, "reference": {"max_iter": "python finetune/logistic.py"},
 }  # fmt: skip
 
 
@@ -145,8 +146,8 @@ def _repeat(runs: Sequence[RunFolder]) -> Table:
 
 def _command(run: RunFolder) -> str:
     """What trains the same recipe again; empty for kinds that no script of ours trains."""
-    script, setting = SCRIPTS.get(run.kind, ("", ""))
-    if setting not in run.config:
+    script = next((script for setting, script in SCRIPTS.get(run.kind, {}).items() if setting in run.config), None)
+    if script is None:
         return ""
     config, folder = shlex.quote(str(run.folder / "config.yaml")), shlex.quote(f"{run.folder}-again")
     return f"{script} --config {config} --out {folder}"

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "report": {"engine", "backbones", "data.fetch"},  # a run that is watched may lie elsewhere
     "launch": set(),
 }
-ENTRY_SCRIPTS = ["pretrain/beit.py", "finetune/classify.py", "tokenizers/train_dvae.py"]
+ENTRY_SCRIPTS = ["pretrain/beit.py", "pretrain/beit2.py", "finetune/classify.py", "tokenizers/train_dvae.py", "tokenizers/train_vqkd.py"]
 HEAVY = {"torch", "torchvision", "accelerate", "deepspeed", "webdataset", "PIL", "sklearn", "timm", "transformers"}
 
 

@@ -8,8 +8,9 @@ import yaml
 from mimetic.engine.config import parse
 from mimetic.finetune.logistic import LogisticRecipe
 from mimetic.finetune.recipe import ClassifyRecipe
-from mimetic.pretrain.recipe import BeitRecipe
+from mimetic.pretrain.recipe import Beit2Recipe, BeitRecipe
 from mimetic.tokenizers.recipe import DvaeRecipe
+from mimetic.tokenizers.vqkd_recipe import VqkdRecipe
 
 FOLDER = Path(__file__).parents[1] / "launch/recipes"
 HEADERS = ("# Run:", "# Cost:", "# Expect:")
@@ -18,6 +19,10 @@ HEADERS = ("# Run:", "# Cost:", "# Expect:")
 def recipe_class(settings: dict) -> type:
     if "dvae" in settings:
         return DvaeRecipe
+    if "vqkd" in settings:
+        return VqkdRecipe
+    if "aggregation" in settings:
+        return Beit2Recipe
     if "tokenizer" in settings:
         return BeitRecipe
     return ClassifyRecipe if "train" in settings else LogisticRecipe

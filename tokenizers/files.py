@@ -12,9 +12,10 @@ from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import CheckpointError
 from mimetic.tokenizers.contract import ImageTokenizer
 from mimetic.tokenizers.dvae import DVAE
+from mimetic.tokenizers.vqkd import VQKD
 
 CONFIG, WEIGHTS = "tokenizer.json", "model.safetensors"
-KINDS: dict[str, type] = {"dvae": DVAE}  # what `tokenizer.json` may name; `KIND(**arguments)` has the shapes of the weights
+KINDS: dict[str, type] = {"dvae": DVAE, "vqkd": VQKD}  # what `tokenizer.json` may name; `KIND(**arguments)` has the shapes of the weights
 
 
 def save_tokenizer(tokenizer: Any, folder: Path, provenance: dict[str, Any] | None = None) -> None:
