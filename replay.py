@@ -70,17 +70,20 @@ def _build(folder: Path, kind: str, device: "torch.device") -> "tuple[Objective,
     from mimetic.engine.capsules import RECIPE
     from mimetic.finetune import classify
     from mimetic.finetune.recipe import ClassifyRecipe
-    from mimetic.pretrain import beit, mae, simmim
+    from mimetic.pretrain import beit, beit2, mae, simmim
     from mimetic.pretrain.pixel_recipes import MaeRecipe, SimmimRecipe
-    from mimetic.pretrain.recipe import BeitRecipe
-    from mimetic.tokenizers import train_dvae
+    from mimetic.pretrain.recipe import Beit2Recipe, BeitRecipe
+    from mimetic.tokenizers import train_dvae, train_vqkd
     from mimetic.tokenizers.recipe import DvaeRecipe
+    from mimetic.tokenizers.vqkd_recipe import VqkdRecipe
 
     scripts: dict[str, tuple[Any, Any]] = {  # sections of recipes, the most particular first
         "dvae": (DvaeRecipe, lambda recipe: train_dvae.build(recipe, open_data(recipe.data), device)),
+        "vqkd": (VqkdRecipe, lambda recipe: train_vqkd.build(recipe, open_data(recipe.data), device)),
         "labels": (ClassifyRecipe, lambda recipe: classify.build(recipe, open_labelled(recipe.data), device)),
         "simmim": (SimmimRecipe, lambda recipe: simmim.build(recipe, open_data(recipe.data), device).objective),
         "mae": (MaeRecipe, lambda recipe: mae.build(recipe, open_data(recipe.data), device).objective),
+        "aggregation": (Beit2Recipe, lambda recipe: beit2.build(recipe, open_data(recipe.data), device).objective),
         "tokenizer": (BeitRecipe, lambda recipe: beit.build(recipe, open_data(recipe.data), device).objective),
     }
     settings = yaml.safe_load((folder / RECIPE).read_text())

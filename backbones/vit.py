@@ -96,7 +96,7 @@ class ViT(Backbone):
 
     def forward_features(self, image_BCHW: Tensor, hidden_BPQ: Tensor | None = None, layers: Sequence[int] = ()) -> Features:
         """Encode images; see `Backbone.forward_features`. The map is (B, D, P, Q)."""
-        x_BND, maps = self._encode(image_BCHW, hidden_BPQ, layers)
+        x_BND, maps = self.forward_tokens(image_BCHW, hidden_BPQ, layers)
         x_BND = self.norm(x_BND)
         return Features(
             self._map(x_BND), x_BND[:, 0] if self.has_cls else None, x_BND[:, 1] if self.has_dist else None, tuple(maps)
@@ -130,7 +130,7 @@ class ViT(Backbone):
 
     def forward_heads(self, image_BCHW: Tensor) -> tuple[Tensor, ...]:
         """Logits of the class head, then of the distillation head where there is one: DeiT trains them on two targets."""
-        x_BND, _ = self._encode(image_BCHW, None, ())
+        x_BND, _ = self.forward_tokens(image_BCHW)
         if self.global_pool == "avg":
             return (self.head(self.norm(x_BND[:, self.patch_embed.num_prefix :].mean(1))),)
         x_BND = self.norm(x_BND[:, : self.patch_embed.num_prefix])
@@ -138,7 +138,10 @@ class ViT(Backbone):
             return (self.head(x_BND[:, 0]),)
         return self.head(x_BND[:, 0]), self.head_dist(x_BND[:, 1])
 
-    def _encode(self, image_BCHW: Tensor, hidden_BPQ: Tensor | None, layers: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    def forward_tokens(
+        self, image_BCHW: Tensor, hidden_BPQ: Tensor | None = None, layers: Sequence[int] = ()
+    ) -> tuple[Tensor, list[Tensor]]:
+        """All tokens x_BND after the last block, before the final norm, and the raw maps (B, D, P, Q) of `layers`."""
         self.check_image(image_BCHW)
         self.check_layers(layers)
         bias_1nNN = self.rel_pos_bias() if self.rel_pos_bias is not None else None

@@ -99,17 +99,21 @@ UNALTERED = Augmentation((1.0, 1.0), flip=0.0)
 class PretrainViews:
     """BEiT's two views and the mask: `image` and `target` (BCHW) share crop, flip and jitter; `hidden` (bool BPQ).
 
-    They differ in size and interpolation: bicubic for the backbone, Lanczos for the tokenizer.
+    They differ in size and interpolation: bicubic for the backbone, Lanczos for the tokenizer (bicubic in BEiT v2, whose two views
+    are then one and the same).
     """
 
-    def __init__(self, image_size: int, target_size: int, augmentation: Augmentation, masks: MaskGenerator | None) -> None:
+    def __init__(self, image_size: int, target_size: int, augmentation: Augmentation, masks: MaskGenerator | None,
+                 target_interpolation: str = "lanczos") -> None:  # fmt: skip
         self.image_size, self.target_size, self.augmentation, self.masks = image_size, target_size, augmentation, masks
+        self.target_interpolation = target_interpolation
 
     def __call__(self, images: Images, seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
         """Args as in `mimetic.data.stream.Transform`."""
         crops = self.augmentation(images, seeds_B, max(self.image_size, self.target_size))
-        image_BCHW, target_BCHW = resized(crops, len(images), (self.image_size, "bicubic"), (self.target_size, "lanczos"))
-        batch = {"image": image_BCHW, "target": target_BCHW}
+        views = dict.fromkeys([(self.image_size, "bicubic"), (self.target_size, self.target_interpolation)])
+        image_BCHW, *others = resized(crops, len(images), *views)
+        batch = {"image": image_BCHW, "target": others[0] if others else image_BCHW}
         return batch if self.masks is None else batch | {"hidden": self.masks.sample(mix(seeds_B, MASK))}
 
 

@@ -24,10 +24,12 @@ HARMLESS = ("data.workers", "data.max_bad", "data.cache", "data.cache_gb", "trai
             "train.picture_every", "train.evaluate_every", "guard.bad_step", "guard.max_skips", "guard.max_rewinds",
             "expected.source", "expected.loss", "expected.masked_accuracy")  # fmt: skip
 FIXED = ("data.", "seed", "labels.", "backbone.name", "backbone.image_size", "backbone.overrides", "dvae.vocab_size", "dvae.stride",
-         "dvae.width", "dvae.code_width", "dvae.depth")  # fmt: skip  # no --allow admits another: weights or places would not fit
+         "dvae.width", "dvae.code_width", "dvae.depth", "vqkd.vocab_size", "vqkd.code_width", "vqkd.decoder_depth",
+         "aggregation.")  # fmt: skip  # no --allow admits another: weights or places would not fit
 STEP = ("data.batch_size", "train.accumulate")  # may change with the number of processes, as long as a step has as many images
 # Settings that name a folder, and the file in it that tells whether its content is still the same.
-INPUTS = ("data.index", "evaluate_on", "evaluation.index", "tokenizer.path", "init.path", "distill.teacher")
+INPUTS = ("data.index", "evaluate_on", "evaluation.index", "tokenizer.path", "init.path", "distill.teacher",
+          "teacher.path", "teacher.weights")  # fmt: skip
 CONTENT = ("index.json", "model.safetensors", "tokenizer/model.safetensors", "backbone/model.safetensors", "residual_cnn/model.safetensors")
 BEGUN = ("samples", "skipped.txt")  # what a start that failed early may leave, beside hidden files
 
@@ -183,7 +185,7 @@ class Run:
         settings, found = flatten(recipe_dict(self.recipe)), {}
         mixed = {f"data.mix.{path}": path for path in getattr(self.recipe.data, "mix", {})}
         for name, place in {name: settings.get(name) for name in INPUTS}.items() | mixed.items():
-            path = Path(place or os.devnull)
+            path = Path((place or os.devnull).removeprefix("transformers:"))
             files = [file for file in (path, *(path / inner for inner in CONTENT)) if file.is_file()]
             if files:
                 with files[0].open("rb") as content:

@@ -1,5 +1,6 @@
 """BEiT pretraining: `accelerate launch pretrain/beit.py --config launch/recipes/beit_base_in1k.yaml --out runs/beit`."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mimetic.engine.config import Invocation, parse
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
 
     from mimetic.data.index import Index
     from mimetic.data.mixture import Mixture
+    from mimetic.pretrain.mim import MaskedImageModeling
 
 EXAMPLE = "accelerate launch pretrain/beit.py --config launch/recipes/demo_pretrained.yaml --out runs/beit"
 
@@ -30,7 +32,20 @@ def pretrain(invocation: Invocation[BeitRecipe]) -> None:
 
 
 def build(recipe: BeitRecipe, index: "Index | Mixture", device: "torch.device") -> Pretraining:
+    """BEiT for the recipe's data; raises what `assemble` does."""
+    from mimetic.pretrain.mim import MaskedImageModeling
+
+    return assemble(recipe, index, device, "BEiT", MaskedImageModeling)
+
+
+def assemble(recipe: BeitRecipe, index: "Index | Mixture", device: "torch.device", called: str,
+             method: "Callable[..., MaskedImageModeling]", target_interpolation: str = "lanczos") -> Pretraining:  # fmt: skip
     """Tokenizer, backbone, head, and the views that they see.
+
+    Args:
+        called: the method's name.
+        method: makes the objective of backbone, tokenizer, head, normalization and device.
+        target_interpolation: how the tokenizer's view is resized, "lanczos" or "bicubic".
 
     Raises:
         SettingError: tokenizer, backbone and data do not fit each other.
@@ -40,7 +55,7 @@ def build(recipe: BeitRecipe, index: "Index | Mixture", device: "torch.device") 
     from mimetic.backbones.catalog import create_backbone
     from mimetic.data.masks import mask_generator
     from mimetic.data.views import UNALTERED, Augmentation, Normalize, PretrainViews
-    from mimetic.pretrain.mim import MaskedImageModeling, TokenHead, check_grids
+    from mimetic.pretrain.mim import TokenHead, check_grids
     from mimetic.tokenizers.files import open_tokenizer
 
     tokenizer = open_tokenizer(recipe.tokenizer.path, recipe.tokenizer.precision)
@@ -63,9 +78,11 @@ def build(recipe: BeitRecipe, index: "Index | Mixture", device: "torch.device") 
 
     masks = mask_generator(grid, mask.count, kind=mask.kind, min_block=mask.min_block, aspect=mask.aspect, unit=mask.unit)
     augmentation = Augmentation((views.crop_low, views.crop_high), views.shift, views.flip, views.jitter)
-    training, plain = (PretrainViews(backbone.image_size[0], target_size, each, masks) for each in (augmentation, UNALTERED))
-    title = f"BEiT pretraining of {settings.name} ({sum(p.numel() for p in backbone.parameters()) / 1e6:.1f} M parameters) without labels"
-    return Pretraining(MaskedImageModeling(backbone, tokenizer, head, normalize, device), training, plain, title, best="masked_accuracy")
+    training, plain = (PretrainViews(backbone.image_size[0], target_size, each, masks, target_interpolation)
+                       for each in (augmentation, UNALTERED))  # fmt: skip
+    size = sum(p.numel() for p in backbone.parameters()) / 1e6
+    title = f"{called} pretraining of {settings.name} ({size:.1f} M parameters) without labels"
+    return Pretraining(method(backbone, tokenizer, head, normalize, device), training, plain, title, best="masked_accuracy")
 
 
 if __name__ == "__main__":

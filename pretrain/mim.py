@@ -101,7 +101,11 @@ class MaskedImageModeling(Objective):
         """`image`, `target` uint8 (B, C, H, W), `hidden` bool (B, P, Q), `valid` bool (B,)."""
         ids_BPQ = self.tokenizer.encode(in_unit_range(batch["target"]))
         features = self.backbone.forward_features(self.normalize(batch["image"]), batch["hidden"])
-        logits_MV = self.head(features.map_BDhw, batch["hidden"])
+        return self.predict(features.map_BDhw, ids_BPQ, batch)
+
+    def predict(self, map_BDhw: Tensor, ids_BPQ: Tensor, batch: Mapping[str, Any]) -> StepOutput:
+        """The cross-entropy of the head's logits at hidden cells; metrics over the valid images."""
+        logits_MV = self.head(map_BDhw, batch["hidden"])
         ids_M = gather_hidden(ids_BPQ.flatten(1)[..., None], batch["hidden"], self.head.count)[:, 0]
         valid_M = batch["valid"].repeat_interleave(self.head.count).float()
         valid_M = valid_M / valid_M.sum().clamp(min=1)

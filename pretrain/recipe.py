@@ -107,3 +107,30 @@ class BeitRecipe:
     def __post_init__(self) -> None:
         ranges.require(self, seed=ranges.SEED)
         catalog.check(self.backbone.name, self.backbone.overrides)
+
+
+@dataclass(frozen=True)
+class AggregationSettings:
+    """Where patch aggregation branches off (Peng et al., arXiv 2208.06366, section 2.3).
+
+    Args:
+        layer: Blocks after which patch tokens are taken; they must win the rest from the last [CLS]. 9 of 12, 21 of 24.
+        head_layers: Blocks that bring both together, used in pretraining only.
+    """
+
+    layer: int = 9
+    head_layers: int = 2
+
+    def __post_init__(self) -> None:
+        ranges.require(self, "aggregation", layer=ranges.COUNT, head_layers=ranges.COUNT)
+
+
+@dataclass(frozen=True)
+class Beit2Recipe(BeitRecipe):
+    """Pretrains a backbone by BEiT v2's masked image modeling with patch aggregation (arXiv 2208.06366).
+
+    Args:
+        aggregation: What makes [CLS] gather the image.
+    """
+
+    aggregation: AggregationSettings = AggregationSettings()

@@ -19,11 +19,12 @@ from mimetic.report.runs import RunFolder, read_runs
 from mimetic.report.wording import percent, whole
 
 LAUNCHED = "accelerate launch"
-# Kind of run, and a setting that of its kind only this script's recipe has -> the script's command.
+# Kind of run -> settings that only one script's recipe has, the most particular first, and that script's command.
 SCRIPTS = {
-    ("tokenizer", "dvae"): f"{LAUNCHED} tokenizers/train_dvae.py", ("pretrain", "tokenizer"): f"{LAUNCHED} pretrain/beit.py",
-    ("pretrain", "simmim"): f"{LAUNCHED} pretrain/simmim.py", ("pretrain", "mae"): f"{LAUNCHED} pretrain/mae.py",
-    ("classify", "backbone"): f"{LAUNCHED} finetune/classify.py", ("reference", "max_iter"): "python finetune/logistic.py",
+    "tokenizer": {"dvae": f"{LAUNCHED} tokenizers/train_dvae.py", "vqkd": f"{LAUNCHED} tokenizers/train_vqkd.py"},
+    "pretrain": {"aggregation": f"{LAUNCHED} pretrain/beit2.py", "tokenizer": f"{LAUNCHED} pretrain/beit.py",
+                 "simmim": f"{LAUNCHED} pretrain/simmim.py", "mae": f"{LAUNCHED} pretrain/mae.py"},
+    "classify": {"backbone": f"{LAUNCHED} finetune/classify.py"}, "reference": {"max_iter": "python finetune/logistic.py"},
 }  # fmt: skip
 
 
@@ -146,8 +147,8 @@ def _repeat(runs: Sequence[RunFolder]) -> Table:
 
 def _command(run: RunFolder) -> str:
     """What trains the same recipe again; empty for kinds that no script of ours trains."""
-    script = next((script for (kind, setting), script in SCRIPTS.items() if run.kind == kind and setting in run.config), "")
-    if not script:
+    script = next((script for setting, script in SCRIPTS.get(run.kind, {}).items() if setting in run.config), None)
+    if script is None:
         return ""
     config, folder = shlex.quote(str(run.folder / "config.yaml")), shlex.quote(f"{run.folder}-again")
     return f"{script} --config {config} --out {folder}"

@@ -219,7 +219,8 @@ class Followed:
     def vocabulary(self) -> int | None:
         """V, how many codes there are, where it is known."""
         details = [line.get("details") for line in self._records.found]
-        sizes = [found.get("vocab_size") for found in (*details, self._config.get("dvae")) if isinstance(found, dict)]
+        settings = (self._config.get(section) for section in ("dvae", "vqkd"))
+        sizes = [found.get("vocab_size") for found in (*details, *settings) if isinstance(found, dict)]
         return next((size for size in sizes if isinstance(size, int)), None)
 
     @property

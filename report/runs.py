@@ -163,7 +163,7 @@ def _config(folder: Path) -> tuple[dict[str, Any], str]:
 
 def _kind(config: dict[str, Any]) -> str:
     """Only records name the kind; a run without any is known by its settings."""
-    known = {"dvae": "tokenizer", "mask": "pretrain", "simmim": "pretrain", "mae": "pretrain", "backbone": "classify",
+    known = {"dvae": "tokenizer", "vqkd": "tokenizer", "mask": "pretrain", "simmim": "pretrain", "mae": "pretrain", "backbone": "classify",
              "evaluation": "reference"}  # fmt: skip
     return next((kind for section, kind in known.items() if section in config), "unknown")
 

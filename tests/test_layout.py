@@ -30,7 +30,8 @@ MAY_IMPORT = {
     "report": {"engine", "backbones", "data.fetch"},  # a run that is watched may lie elsewhere
     "launch": set(),
 }
-ENTRY_SCRIPTS = ["pretrain/beit.py", "pretrain/simmim.py", "pretrain/mae.py", "finetune/classify.py", "tokenizers/train_dvae.py"]
+ENTRY_SCRIPTS = ["pretrain/beit.py", "pretrain/beit2.py", "pretrain/simmim.py", "pretrain/mae.py", "finetune/classify.py",
+                 "tokenizers/train_dvae.py", "tokenizers/train_vqkd.py"]  # fmt: skip
 HEAVY = {"torch", "torchvision", "accelerate", "deepspeed", "webdataset", "PIL", "sklearn", "timm", "transformers"}
 
 

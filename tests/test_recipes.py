@@ -9,8 +9,9 @@ from mimetic.engine.config import parse
 from mimetic.finetune.logistic import LogisticRecipe
 from mimetic.finetune.recipe import ClassifyRecipe
 from mimetic.pretrain.pixel_recipes import MaeRecipe, SimmimRecipe
-from mimetic.pretrain.recipe import BeitRecipe
+from mimetic.pretrain.recipe import Beit2Recipe, BeitRecipe
 from mimetic.tokenizers.recipe import DvaeRecipe
+from mimetic.tokenizers.vqkd_recipe import VqkdRecipe
 
 FOLDER = Path(__file__).parents[1] / "launch/recipes"
 HEADERS = ("# Run:", "# Cost:", "# Expect:")
@@ -23,6 +24,10 @@ def recipe_class(settings: dict) -> type:
         return SimmimRecipe
     if "mae" in settings:
         return MaeRecipe
+    if "vqkd" in settings:
+        return VqkdRecipe
+    if "aggregation" in settings:
+        return Beit2Recipe
     if "tokenizer" in settings:
         return BeitRecipe
     return ClassifyRecipe if "train" in settings else LogisticRecipe

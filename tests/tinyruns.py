@@ -128,21 +128,35 @@ def dvae_arguments(world: Path, out: Path, **changes: Any) -> list[str]:
     return settings_words(settings | {name.replace("__", "."): value for name, value in changes.items()})
 
 
+def vqkd_arguments(world: Path, out: Path, teacher: Path | str, **changes: Any) -> list[str]:
+    """The command line of a tiny VQ-KD training."""
+    settings: dict[str, Any] = {
+        "out": out, "data.index": world / "data", "data.batch_size": 16, "data.workers": 0, "train.steps": 12, "optim.lr": 2e-3,
+        "evaluate_on": world / "held-out", "vqkd.vocab_size": 16, "vqkd.code_width": 8, "vqkd.decoder_depth": 1, "vqkd.restart_every": 4,
+        "vqkd.start_images": 100, "teacher.path": teacher, "backbone.name": "vit_tiny_patch16_224", "backbone.image_size": 16,
+        "backbone.overrides": TINY, "views.crop_low": 0.5,
+    }  # fmt: skip
+    return settings_words(settings | {name.replace("__", "."): value for name, value in changes.items()})
+
+
 def run_here(kind: str, arguments: list[str]) -> Path:
     """Trains in this process: no start to pay for. Returns the run folder."""
     from mimetic.finetune.classify import classify
     from mimetic.finetune.recipe import ClassifyRecipe
-    from mimetic.pretrain import mae, simmim
-    from mimetic.pretrain.beit import pretrain
+    from mimetic.pretrain import beit, beit2, mae, simmim
     from mimetic.pretrain.pixel_recipes import MaeRecipe, SimmimRecipe
-    from mimetic.pretrain.recipe import BeitRecipe
+    from mimetic.pretrain.recipe import Beit2Recipe, BeitRecipe
     from mimetic.tokenizers.recipe import DvaeRecipe
     from mimetic.tokenizers.train_dvae import train_dvae
+    from mimetic.tokenizers.train_vqkd import train_vqkd
+    from mimetic.tokenizers.vqkd_recipe import VqkdRecipe
 
-    recipe, work = {
-        "beit": (BeitRecipe, pretrain), "classify": (ClassifyRecipe, classify), "dvae": (DvaeRecipe, train_dvae),
-        "simmim": (SimmimRecipe, simmim.pretrain), "mae": (MaeRecipe, mae.pretrain),
-    }[kind]  # fmt: skip
+    works: dict[str, tuple[Any, Any]] = {
+        "beit": (BeitRecipe, beit.pretrain), "beit2": (Beit2Recipe, beit2.pretrain), "classify": (ClassifyRecipe, classify),
+        "dvae": (DvaeRecipe, train_dvae), "vqkd": (VqkdRecipe, train_vqkd), "simmim": (SimmimRecipe, simmim.pretrain),
+        "mae": (MaeRecipe, mae.pretrain),
+    }  # fmt: skip
+    recipe, work = works[kind]
     reset_accelerate()
     invocation = parse(recipe, example="", argv=arguments)
     work(invocation)

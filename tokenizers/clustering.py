@@ -4,6 +4,7 @@ Legend: N vectors, D width, V centres.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from mimetic.tokenizers.usage import count_codes
@@ -11,8 +12,10 @@ from mimetic.tokenizers.usage import count_codes
 _PAIRS = 1 << 24  # distances held in memory at a time
 
 
-def kmeans(z_ND: Tensor, count: int, rounds: int = 10, seed: int = 0) -> Tensor:
+def kmeans(z_ND: Tensor, count: int, rounds: int = 10, seed: int = 0, spherical: bool = False) -> Tensor:
     """Return `count` centres_VD after k-means++'s start and `rounds` of Lloyd's iteration; an empty cluster keeps its centre.
+
+    `spherical` is for vectors of unit length: so are the centres then, and the nearest one is that of the largest cosine.
 
     The start draws centres in blocks of an eighth of those there are, as k-means|| does (arXiv 1203.6402): some 60 rounds
     for V = 8192, where one at a time takes minutes.
@@ -27,6 +30,7 @@ def kmeans(z_ND: Tensor, count: int, rounds: int = 10, seed: int = 0) -> Tensor:
         centres_VD = torch.cat([centres_VD, newest_KD])
     for _ in range(rounds):
         centres_VD = _lloyd(z_ND, centres_VD)
+        centres_VD = F.normalize(centres_VD) if spherical else centres_VD
     return centres_VD
 
 

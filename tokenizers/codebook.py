@@ -77,23 +77,32 @@ class Codebook(nn.Module):
         them with `seed` (use the step) and odds in proportion to the squared distance from the nearest code, as k-means++
         draws: each rank draws the same, and cells that a code already fits are left alone. Counts start anew. No host sync.
         """
-        pool_MD = _gather(z_MD.float())
-        distance_M = nearest(pool_MD, self.codes)[1]
-        drawn = draw_by_weight(distance_M, min(len(self.counts_V), len(pool_MD)), seed)
         dead_V = self.counts_V < dead_below * self.counts_V.sum() / len(self.counts_V)
-        place_V = (dead_V.cumsum(0) - 1).clamp(min=0)  # the i-th dead code takes the i-th target drawn
-        target_V = drawn[place_V.clamp(max=len(drawn) - 1)]
-        moved_V = dead_V & (place_V < len(drawn)) & (distance_M[target_V] > 0)
-        self.anchor_VD.copy_(torch.where(moved_V[:, None], pool_MD[target_V] - self.delta_VD, self.anchor_VD))
+        moved_V, place_VD = new_places(dead_V, gather(z_MD.float()), self.codes, seed)
+        self.anchor_VD.copy_(torch.where(moved_V[:, None], place_VD - self.delta_VD, self.anchor_VD))
         self.counts_V.zero_()
         return moved_V.sum()
+
+
+def new_places(dead_V: Tensor, pool_MD: Tensor, codes_VD: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Where dead codes go: (moved_V, bool; place_VD, features drawn for them with odds by the squared distance from the nearest code).
+
+    Fewer move than are dead where fewer features are badly served. The same on every process for the same pool. No host sync.
+    """
+    distance_M = nearest(pool_MD, codes_VD)[1]
+    drawn = draw_by_weight(distance_M, min(len(codes_VD), len(pool_MD)), seed)
+    place_V = (dead_V.cumsum(0) - 1).clamp(min=0)  # the i-th dead code takes the i-th target drawn
+    target_V = drawn[place_V.clamp(max=len(drawn) - 1)]
+    moved_V = dead_V & (place_V < len(drawn)) & (distance_M[target_V] > 0)
+    return moved_V, pool_MD[target_V]
 
 
 def _world() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _gather(z_MD: Tensor) -> Tensor:
+def gather(z_MD: Tensor) -> Tensor:
+    """The rows of all processes, in their order; each has equally many."""
     if _world() == 1:
         return z_MD
     parts = [torch.empty_like(z_MD) for _ in range(_world())]

@@ -15,10 +15,12 @@ from mimetic.tokenizers.contract import EncodesInAnyPrecision, ImageTokenizer
 from mimetic.tokenizers.dalle import DalleTokenizer, DalleVAE
 from mimetic.tokenizers.dvae import DVAE
 from mimetic.tokenizers.published import DALLE, published_tokenizer
+from mimetic.tokenizers.vqkd import VQKD
 
 CONFIG, WEIGHTS = "tokenizer.json", "model.safetensors"
 KINDS: dict[str, type] = {  # what `tokenizer.json` may name; `KIND(**arguments)` has the shapes of the weights
     "dvae": DVAE,
+    "vqkd": VQKD,
     "dalle": DalleVAE,
     "dalle-encoder": DalleTokenizer,
 }
