@@ -14,9 +14,12 @@ class TokenizerSettings:
 
     Args:
         path: The folder of a tokenizer, or the run folder that trained it.
+        cache: A folder that `mimetic tokens` made with this recipe: training reads its ids and does not run the tokenizer. Epoch e
+            sees view e mod N of its N.
     """
 
     path: str
+    cache: str | None = None
 
 
 @dataclass(frozen=True)
