@@ -10,7 +10,7 @@ from mimetic.engine.config import did_you_mean
 from mimetic.engine.errors import SettingError
 from mimetic.engine.runtime import run_entry
 
-COMMANDS = ("demo", "pack", "index", "check", "watch", "export", "compare", "models", "attention", "replay", "tokenizer")
+COMMANDS = ("demo", "pack", "index", "check", "watch", "export", "compare", "models", "attention", "replay", "tokens", "tokenizer")
 
 
 class Parser(argparse.ArgumentParser):
@@ -94,6 +94,18 @@ def parser() -> argparse.ArgumentParser:
     importing.add_argument("out", type=Path, metavar="OUT", help="the folder to write")
     importing.add_argument("--decoder", type=Path, metavar="FILE", help="(default: the decoder.pkl beside an encoder.pkl)")
 
+    tokens = commands.add_parser("tokens", help="the tokens of N views of each image, made once for many trainings", allow_abbrev=False,
+                                 epilog="example: mimetic tokens runs/tokenizer shards/photos shards/photos-tokens --views 4 "
+                                 "--config launch/recipes/beit_base_in1k.yaml")  # fmt: skip
+    tokens.add_argument("tokenizer", metavar="TOKENIZER", help="a tokenizer's folder, or the run that trained it")
+    tokens.add_argument("shards", metavar="SHARDS", help="the images: an index.json, its folder, or the address of either")
+    tokens.add_argument("out", type=Path, metavar="OUT", help="the folder of the tokens; with a larger N, views are added to it")
+    tokens.add_argument("--views", type=int, required=True, metavar="N", help="views of each image: epochs until they come again")
+    tokens.add_argument("--config", type=Path, required=True, metavar="RECIPE", help="of the pretraining that will read them, for views "
+                        "and seed; further settings may follow, --a.b VALUE")  # fmt: skip
+    tokens.add_argument("--batch-size", type=int, metavar="B", help="images that the tokenizer gets at a time (default: data.batch_size)")
+    _add_workers(tokens)
+
     attention = commands.add_parser("attention", help="where a backbone looks, as a picture",
                                     epilog="example: mimetic attention runs/beit photo.jpg --out attention.png")  # fmt: skip
     attention.add_argument("run", metavar="RUN", help="a finished run, or an exported folder")
@@ -126,8 +138,15 @@ def dispatch() -> None:
     first = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if not first.startswith("-") and first not in COMMANDS:
         raise SettingError(f"unknown command {first}{did_you_mean(first, COMMANDS)}; mimetic --help lists them")
-    arguments = parser().parse_args(sys.argv[1:] or ["--help"])
-    if arguments.command == "demo":
+    arguments, settings = parser().parse_known_args(sys.argv[1:] or ["--help"])
+    if settings and arguments.command != "tokens":
+        raise SettingError(f"unrecognized arguments: {' '.join(settings)}; see mimetic --help")
+    if arguments.command == "tokens":
+        from mimetic.pretrain.tokens import cache_tokens
+
+        options = {name: value for name, value in vars(arguments).items() if name != "command"}
+        cache_tokens(**options, settings=settings)
+    elif arguments.command == "demo":
         from mimetic.demo import demo
 
         demo(arguments.out, arguments.budget)

@@ -10,7 +10,7 @@ import signal
 import sys
 from collections.abc import Iterator, Sequence
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -37,6 +37,14 @@ class Transform(Protocol):
         """Args are pictures of any size and one seed each; every tensor returned is B long."""
 
 
+@runtime_checkable
+class PlacedTransform(Protocol):
+    """A transform that must know which samples it gets, since something is kept for them elsewhere."""
+
+    def at(self, samples_B: NDArray[np.int64], epochs_B: NDArray[np.int64]) -> Transform:
+        """The transform of these samples, each in an epoch."""
+
+
 class ShardStream:
     """Batches of one rank, epoch after epoch, from any position.
 
@@ -61,8 +69,9 @@ class ShardStream:
 
     def __init__(
         self, source: Index | Mixture, batch_size: int, *, rank: int = 0, world: int = 1, workers: int = 0, seed: int = 0, epoch: int = 0,
-        shuffle: bool = True, tail: str = "pad", subset: NDArray[np.int64] | None = None, transform: Transform | None = None,
-        canonical_streams: int = CANONICAL_STREAMS, shuffle_block: int = SHUFFLE_BLOCK, accumulate: int = 1,
+        shuffle: bool = True, tail: str = "pad", subset: NDArray[np.int64] | None = None,
+        transform: Transform | PlacedTransform | None = None, canonical_streams: int = CANONICAL_STREAMS, shuffle_block: int = SHUFFLE_BLOCK,
+        accumulate: int = 1,
     ) -> None:  # fmt: skip
         if tail not in ("pad", "drop"):
             raise SettingError(f"tail is {tail!r}; it must be pad or drop")
@@ -144,7 +153,7 @@ class _Batches(Dataset[Batch | MimeticError]):
     An error is handed over as a value: raised in a worker it would arrive as a traceback in many lines.
     """
 
-    def __init__(self, source: Index | Mixture, plan: BatchPlan, seed: int, transform: Transform | None) -> None:
+    def __init__(self, source: Index | Mixture, plan: BatchPlan, seed: int, transform: Transform | PlacedTransform | None) -> None:
         self.source, self.plan, self.seed, self.transform = source, plan, seed, transform
 
     def __getitem__(self, step: int) -> Batch | MimeticError:
@@ -162,7 +171,8 @@ class _Batches(Dataset[Batch | MimeticError]):
         samples, epochs, valid = self.plan.batch(step)
         samples, epochs, valid = samples[:images], epochs[:images], valid[:images]
         pictures = [Picture(self.source.read(int(sample)), self.source.channels, self.source.range) for sample in samples]
-        tensors = (self.transform(pictures, mix(self.seed, epochs, samples)) if self.transform
+        transform = self.transform.at(samples, epochs) if isinstance(self.transform, PlacedTransform) else self.transform
+        tensors = (transform(pictures, mix(self.seed, epochs, samples)) if transform
                    else {"image": _stacked([picture.pixels() for picture in pictures])})  # fmt: skip
         bad = self._bad(pictures, samples, valid)  # after the transform: it is there that pixels are read
         return {"keys": self.source.keys(samples), "bad": bad, "sample": torch.from_numpy(samples), "valid": torch.from_numpy(valid),

@@ -8,7 +8,7 @@ Legend: B batch, C channels, H W pixels, P Q token grid. A box is (top, left, he
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -54,6 +54,20 @@ def random_boxes(seeds_B: NDArray[np.uint64], sizes_B2: NDArray[np.int64], scale
     return np.stack([top, left, h_B, w_B], 1).astype(np.int64)
 
 
+class Drawn(NamedTuple):
+    """What was drawn for pictures: with the pictures themselves, all that makes their views.
+
+    Attributes:
+        boxes_B4: what is cropped, in pixels of the picture.
+        flips_B: whether the crop is turned round.
+        seeds_B: of shift and colours.
+    """
+
+    boxes_B4: NDArray[np.int64]
+    flips_B: NDArray[np.bool_]
+    seeds_B: NDArray[np.uint64]
+
+
 @dataclass(frozen=True)
 class Augmentation:
     """What happens to a picture before it is resized: shift, crop, flip, colour jitter.
@@ -76,10 +90,18 @@ class Augmentation:
 
         One after the other, so that a crop is still in the processor's cache when it is resized.
         """
+        return self.crops(images, self.draw(images, seeds_B), smallest)
+
+    def draw(self, images: Images, seeds_B: NDArray[np.uint64]) -> Drawn:
+        """What each picture's seed means for it."""
+        boxes_B4 = random_boxes(seeds_B, np.array([image.shape[-2:] for image in images]), self.scale)
+        return Drawn(boxes_B4, uniform(seeds_B, FLIP) < self.flip, seeds_B)
+
+    def crops(self, images: Images, drawn: Drawn, smallest: int | None = None) -> Iterator[torch.Tensor]:
+        """The crops that were drawn, whenever that was."""
+        boxes_B4, flips_B, seeds_B = drawn
         if self.shift:
             images = self._shifted(images, seeds_B)
-        boxes_B4 = random_boxes(seeds_B, np.array([image.shape[-2:] for image in images]), self.scale)
-        flips_B = uniform(seeds_B, FLIP) < self.flip
         factors_B3 = 1 + self.jitter * (2 * uniform(seeds_B[:, None], JITTER, 0, np.arange(3)) - 1)
         orders_B3 = uniform(seeds_B[:, None], JITTER, 1, np.arange(3)).argsort(1)
         for image, box, flip, factors, order in zip(images, boxes_B4.tolist(), flips_B, factors_B3, orders_B3, strict=True):
@@ -89,8 +111,14 @@ class Augmentation:
 
     def _shifted(self, images: Images, seeds_B: NDArray[np.uint64]) -> list[torch.Tensor]:
         moves = np.floor(uniform(seeds_B[:, None], SHIFT, np.arange(2)) * (2 * self.shift + 1)).astype(int).tolist()
-        padded = [F.pad(image.pixels() if isinstance(image, Picture) else image, [self.shift] * 4) for image in images]
+        padded = [F.pad(_whole(image), [self.shift] * 4) for image in images]
         return [cut(wide, (y, x, *image.shape[-2:])) for wide, image, (y, x) in zip(padded, images, moves, strict=True)]
+
+
+def _whole(image: Picture | torch.Tensor) -> torch.Tensor:
+    """All pixels, as many as the picture says: boxes are drawn by that, and one that cannot be read is smaller."""
+    pixels = image.pixels() if isinstance(image, Picture) else image
+    return pixels if pixels.shape == image.shape else pixels.new_zeros(image.shape)
 
 
 UNALTERED = Augmentation((1.0, 1.0), flip=0.0)
@@ -110,11 +138,16 @@ class PretrainViews:
 
     def __call__(self, images: Images, seeds_B: NDArray[np.uint64]) -> dict[str, torch.Tensor]:
         """Args as in `mimetic.data.stream.Transform`."""
-        crops = self.augmentation(images, seeds_B, max(self.image_size, self.target_size))
-        views = dict.fromkeys([(self.image_size, "bicubic"), (self.target_size, self.target_interpolation)])
-        image_BCHW, *others = resized(crops, len(images), *views)
-        batch = {"image": image_BCHW, "target": others[0] if others else image_BCHW}
+        batch = self.made(images, self.augmentation.draw(images, seeds_B))
         return batch if self.masks is None else batch | {"hidden": self.masks.sample(mix(seeds_B, MASK))}
+
+    def made(self, images: Images, drawn: Drawn, names: Sequence[str] = ("image", "target")) -> dict[str, torch.Tensor]:
+        """The views that were drawn, both or one of them."""
+        views = {"image": (self.image_size, "bicubic"), "target": (self.target_size, self.target_interpolation)}
+        wanted = list(dict.fromkeys(views[name] for name in names))  # once where both are the same
+        crops = self.augmentation.crops(images, drawn, max(self.image_size, self.target_size))
+        made = dict(zip(wanted, resized(crops, len(images), *wanted), strict=True))
+        return {name: made[views[name]] for name in names}
 
 
 class MaskedViews:

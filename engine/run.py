@@ -28,9 +28,10 @@ FIXED = ("data.", "seed", "labels.", "backbone.name", "backbone.image_size", "ba
          "aggregation.")  # fmt: skip  # no --allow admits another: weights or places would not fit
 STEP = ("data.batch_size", "train.accumulate")  # may change with the number of processes, as long as a step has as many images
 # Settings that name a folder, and the file in it that tells whether its content is still the same.
-INPUTS = ("data.index", "evaluate_on", "evaluation.index", "tokenizer.path", "init.path", "distill.teacher",
+INPUTS = ("data.index", "evaluate_on", "evaluation.index", "tokenizer.path", "tokenizer.cache", "init.path", "distill.teacher",
           "teacher.path", "teacher.weights")  # fmt: skip
-CONTENT = ("index.json", "model.safetensors", "tokenizer/model.safetensors", "backbone/model.safetensors", "residual_cnn/model.safetensors")
+CONTENT = ("index.json", "tokens.json", "model.safetensors", "tokenizer/model.safetensors", "backbone/model.safetensors",
+           "residual_cnn/model.safetensors")  # fmt: skip
 BEGUN = ("samples", "skipped.txt")  # what a start that failed early may leave, beside hidden files
 
 

@@ -1,6 +1,7 @@
 """BEiT pretraining: `accelerate launch pretrain/beit.py --config launch/recipes/beit_base_in1k.yaml --out runs/beit`."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mimetic.engine.config import Invocation, parse
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
 
     from mimetic.data.index import Index
     from mimetic.data.mixture import Mixture
+    from mimetic.data.views import PretrainViews
     from mimetic.pretrain.mim import MaskedImageModeling
+    from mimetic.tokenizers.token_cache import CachedViews
 
 EXAMPLE = "accelerate launch pretrain/beit.py --config launch/recipes/demo_pretrained.yaml --out runs/beit"
 
@@ -80,9 +83,31 @@ def assemble(recipe: BeitRecipe, index: "Index | Mixture", device: "torch.device
     augmentation = Augmentation((views.crop_low, views.crop_high), views.shift, views.flip, views.jitter)
     training, plain = (PretrainViews(backbone.image_size[0], target_size, each, masks, target_interpolation)
                        for each in (augmentation, UNALTERED))  # fmt: skip
+    cached = _cached(recipe, training, index) if recipe.tokenizer.cache else None
     size = sum(p.numel() for p in backbone.parameters()) / 1e6
     title = f"{called} pretraining of {settings.name} ({size:.1f} M parameters) without labels"
-    return Pretraining(method(backbone, tokenizer, head, normalize, device), training, plain, title, best="masked_accuracy")
+    title += f", on {cached.cache.views} cached views of each image" if cached else ""
+    objective = method(backbone, tokenizer, head, normalize, device)
+    return Pretraining(objective, cached or training, plain, title, best="masked_accuracy")
+
+
+def _cached(recipe: BeitRecipe, views: "PretrainViews", index: "Index | Mixture") -> "CachedViews":
+    """The views of a token cache that was made for this very recipe.
+
+    Raises:
+        SettingError: it was made for another one, or the recipe mixes data.
+        DataError: it is damaged, or written in part.
+    """
+    from mimetic.data.mixture import Mixture
+    from mimetic.tokenizers.files import tokenizer_hash
+    from mimetic.tokenizers.token_cache import CachedViews, open_cache, terms_of
+
+    assert recipe.tokenizer.cache
+    if isinstance(index, Mixture):
+        raise SettingError(f"tokenizer.cache holds the tokens of one set of shards, data.mix names {len(index.indexes)}; give one "
+                           "data.index, or leave tokenizer.cache out")  # fmt: skip
+    terms = terms_of(views, index, tokenizer_hash(recipe.tokenizer.path), recipe.seed)
+    return CachedViews(open_cache(Path(recipe.tokenizer.cache), index, terms), views)
 
 
 if __name__ == "__main__":

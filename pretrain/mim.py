@@ -98,8 +98,8 @@ class MaskedImageModeling(Objective):
         return self._tokenizer[0]
 
     def forward(self, batch: Mapping[str, Any]) -> StepOutput:
-        """`image`, `target` uint8 (B, C, H, W), `hidden` bool (B, P, Q), `valid` bool (B,)."""
-        ids_BPQ = self.tokenizer.encode(in_unit_range(batch["target"]))
+        """`image`, `target` uint8 (B, C, H, W), or cached `ids` int64 (B, P, Q) for it, `hidden` bool (B, P, Q), `valid` bool (B,)."""
+        ids_BPQ = batch["ids"] if "ids" in batch else self.tokenizer.encode(in_unit_range(batch["target"]))
         features = self.backbone.forward_features(self.normalize(batch["image"]), batch["hidden"])
         return self.predict(features.map_BDhw, ids_BPQ, batch)
 

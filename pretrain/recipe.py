@@ -15,10 +15,13 @@ class TokenizerSettings:
     Args:
         path: The folder of a tokenizer, the run folder that trained it, or dalle for the one that OpenAI published.
         precision: Of its convolutions: fp32, or bf16, which is faster and changes some ids of cells that two codes fit almost equally.
+        cache: A folder that `mimetic tokens` made with this recipe: training reads its ids and does not run the tokenizer. Epoch e
+            sees view e mod N of its N.
     """
 
     path: str
     precision: str = "fp32"
+    cache: str | None = None
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
     from mimetic.data.index import Index
     from mimetic.data.mixture import Mixture
-    from mimetic.data.stream import Transform
+    from mimetic.data.stream import PlacedTransform, Transform
 
 
 class Pretraining(NamedTuple):
@@ -28,7 +28,7 @@ class Pretraining(NamedTuple):
     """
 
     objective: Any
-    training: "Transform"
+    training: "Transform | PlacedTransform"
     plain: "Transform"
     title: str
     best: str
