@@ -14,9 +14,11 @@ class TokenizerSettings:
 
     Args:
         path: The folder of a tokenizer, or the run folder that trained it.
+        accept_collapsed: Train although the look at some images before the first step finds that its tokens carry next to nothing.
     """
 
     path: str
+    accept_collapsed: bool = False
 
 
 @dataclass(frozen=True)

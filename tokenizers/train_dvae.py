@@ -57,6 +57,7 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
     from mimetic.data.stream import ShardStream
     from mimetic.data.views import Augmentation, ClassifyViews
     from mimetic.engine.loop import Evaluation, train
+    from mimetic.tokenizers.examination import reference_figures
     from mimetic.tokenizers.files import save_tokenizer
     from mimetic.tokenizers.objective import evaluate_tokenizer, only_valid
 
@@ -88,7 +89,8 @@ def train_dvae(invocation: Invocation[DvaeRecipe]) -> None:
                     evaluation=evaluation if recipe.evaluate_on else None,
                     shown=next(ShardStream(held_out, 16, shuffle=False, transform=whole).run(1)))  # fmt: skip
     if trained and accelerator.is_main_process:
-        save_tokenizer(dvae, invocation.out / "tokenizer")
+        reference = reference_figures(dvae.eval(), held_out, views.image_size, accelerator.device)
+        save_tokenizer(dvae, invocation.out / "tokenizer", {"image_size": views.image_size, "reference": reference})
         Run(invocation, "tokenizer").finish()
         print(f"tokenizer in {invocation.out}/tokenizer\nnext: pretrain with it, pretrain/beit.py --tokenizer.path {invocation.out} "
               f"--data.index {recipe.data.named} (--help has an example)")  # fmt: skip
