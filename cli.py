@@ -10,7 +10,7 @@ from mimetic.engine.config import did_you_mean
 from mimetic.engine.errors import SettingError
 from mimetic.engine.runtime import run_entry
 
-COMMANDS = ("demo", "pack", "index", "check", "watch", "export", "compare", "models", "attention", "replay", "tokens", "tokenizer")
+COMMANDS = ("demo", "pack", "index", "check", "tokenizer", "doctor", "tokens", "watch", "export", "compare", "models", "attention", "replay")
 
 
 class Parser(argparse.ArgumentParser):
@@ -56,6 +56,16 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("path", metavar="SHARDS", help="an index.json, its folder, or the address of either")
     check.add_argument("--out", type=Path, metavar="FILE", help="write all faults there: shard, key, reason")
     _add_workers(check)
+
+    doctor = commands.add_parser("doctor", help="whether a tokenizer is fit to teach on these images: healthy, coarse, collapsed or blind",
+                                 epilog="example: mimetic doctor runs/tokenizer shards/held-out --out doctor")  # fmt: skip
+    doctor.add_argument("tokenizer", metavar="TOKENIZER", help="a tokenizer's folder, or the run that trained it")
+    doctor.add_argument("shards", metavar="SHARDS", help="images that it did not learn from: an index.json, its folder, or tars")
+    doctor.add_argument("--out", type=Path, metavar="DIR", help="write pictures, doctor.md and doctor.json there")
+    doctor.add_argument("--json", type=Path, metavar="FILE", help="write all figures, thresholds and the verdict there")
+    doctor.add_argument("--images", type=int, default=512, metavar="N", help="images to look at (default: %(default)s)")
+    doctor.add_argument("--image-size", type=int, metavar="PIXELS",
+                        help="their side (default: what the tokenizer was trained at, or else what fits them)")  # fmt: skip
 
     watch = commands.add_parser("watch", help="a run in the terminal, while it goes on: speed, time left, curves, events",
                                 epilog="example: mimetic watch runs/beit")  # fmt: skip
@@ -159,6 +169,10 @@ def dispatch() -> None:
             "pack": telling.pack_and_tell, "index": telling.index_and_tell, "check": telling.check_and_tell,
         }  # fmt: skip
         tell[options.pop("command")](**options)
+    elif arguments.command == "doctor":
+        from mimetic.tokenizers.examination import examine
+
+        examine(arguments.tokenizer, arguments.shards, arguments.out, arguments.images, arguments.image_size, arguments.json)
     elif arguments.command == "watch":
         from mimetic.report.watch import watch
 

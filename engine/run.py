@@ -22,7 +22,7 @@ from mimetic.engine.errors import CheckpointError, LaunchError, SettingError, di
 # Settings that change no number of a training in which all goes well: a checkpoint may be continued under others.
 HARMLESS = ("data.workers", "data.max_bad", "data.cache", "data.cache_gb", "train.log_every", "train.checkpoint_every", "train.keep",
             "train.picture_every", "train.evaluate_every", "guard.bad_step", "guard.max_skips", "guard.max_rewinds",
-            "expected.source", "expected.loss", "expected.masked_accuracy")  # fmt: skip
+            "expected.source", "expected.loss", "expected.masked_accuracy", "tokenizer.accept_collapsed")  # fmt: skip
 FIXED = ("data.", "seed", "labels.", "backbone.name", "backbone.image_size", "backbone.overrides", "dvae.vocab_size", "dvae.stride",
          "dvae.width", "dvae.code_width", "dvae.depth", "vqkd.vocab_size", "vqkd.code_width", "vqkd.decoder_depth",
          "aggregation.")  # fmt: skip  # no --allow admits another: weights or places would not fit

@@ -106,7 +106,7 @@ def _cached(recipe: BeitRecipe, views: "PretrainViews", index: "Index | Mixture"
     if isinstance(index, Mixture):
         raise SettingError(f"tokenizer.cache holds the tokens of one set of shards, data.mix names {len(index.indexes)}; give one "
                            "data.index, or leave tokenizer.cache out")  # fmt: skip
-    terms = terms_of(views, index, tokenizer_hash(recipe.tokenizer.path), recipe.seed)
+    terms = terms_of(views, index, tokenizer_hash(recipe.tokenizer.path), recipe.tokenizer.precision, recipe.seed)
     return CachedViews(open_cache(Path(recipe.tokenizer.cache), index, terms), views)
 
 

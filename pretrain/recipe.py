@@ -17,11 +17,13 @@ class TokenizerSettings:
         precision: Of its convolutions: fp32, or bf16, which is faster and changes some ids of cells that two codes fit almost equally.
         cache: A folder that `mimetic tokens` made with this recipe: training reads its ids and does not run the tokenizer. Epoch e
             sees view e mod N of its N.
+        accept_collapsed: Train although the look at some images before the first step finds that its tokens carry next to nothing.
     """
 
     path: str
     precision: str = "fp32"
     cache: str | None = None
+    accept_collapsed: bool = False
 
     def __post_init__(self) -> None:
         if self.precision not in ("fp32", "bf16"):

@@ -45,6 +45,11 @@ def finished(invocation: Invocation[Any]) -> bool:
     return done
 
 
+def begins(invocation: Invocation[Any]) -> bool:
+    """Whether it starts afresh, so that nothing is there yet to go on from."""
+    return invocation.resume is None and not any((invocation.out / "checkpoints").glob("step-*"))
+
+
 def run_pretraining(invocation: Invocation[Any], build: Build) -> None:
     """Builds the parts, trains, and leaves the backbone in `RUN/backbone`."""
     recipe = invocation.recipe
@@ -55,6 +60,7 @@ def run_pretraining(invocation: Invocation[Any], build: Build) -> None:
     from mimetic.data.stream import ShardStream
     from mimetic.engine.loop import Evaluation, train
     from mimetic.pretrain.evaluate import evaluate
+    from mimetic.pretrain.screening import LOOKED_AT, look_at_tokenizer
 
     index = open_data(recipe.data)
     held_out = open_held_out(recipe.evaluate_on, index) if recipe.evaluate_on else index
@@ -68,6 +74,9 @@ def run_pretraining(invocation: Invocation[Any], build: Build) -> None:
         best=best,
         lowest=lowest,
     )
+    if hasattr(recipe, "tokenizer") and begins(invocation):
+        images = ShardStream(held_out, LOOKED_AT, seed=recipe.seed, transform=plain)
+        look_at_tokenizer(objective.tokenizer, recipe.tokenizer, images, accelerator.device, accelerator.is_main_process)
     trained = train(objective, stream, invocation=invocation, kind="pretrain", accelerator=accelerator, title=title,
                     evaluation=evaluation if recipe.evaluate_on else None,
                     shown=next(ShardStream(held_out, 12, shuffle=False, transform=plain).run(1)))  # fmt: skip

@@ -59,7 +59,7 @@ def cache_tokens(tokenizer: str, shards: str, out: Path, *, views: int, config: 
     assert isinstance(training, PretrainViews)
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), _device()
     writer = CacheWriter(out, index, training, frozen(objective.tokenizer, device)[0], device,
-                         terms_of(training, index, tokenizer_hash(tokenizer), recipe.seed),
+                         terms_of(training, index, tokenizer_hash(tokenizer), recipe.tokenizer.precision, recipe.seed),
                          batch_size=batch_size or recipe.data.batch_size, workers=workers, rank=rank, world=world)  # fmt: skip
     contents = writer.write(views)
     files = [file for part in contents.parts for file in part.files.values()]

@@ -18,6 +18,7 @@ from mimetic.tokenizers.published import DALLE, published_tokenizer
 from mimetic.tokenizers.vqkd import VQKD
 
 CONFIG, WEIGHTS = "tokenizer.json", "model.safetensors"
+OWN = ("kind", "arguments", "sha256")  # of CONFIG; everything else is provenance
 KINDS: dict[str, type] = {  # what `tokenizer.json` may name; `KIND(**arguments)` has the shapes of the weights
     "dvae": DVAE,
     "vqkd": VQKD,
@@ -101,6 +102,19 @@ def tokenizer_hash(path: str | Path) -> str:
         config = json.loads((folder / CONFIG).read_text())
         told = json.dumps([config["kind"], config["arguments"]], sort_keys=True)
         return hashlib.sha256(told.encode() + hashlib.sha256((folder / WEIGHTS).read_bytes()).digest()).hexdigest()
+    except Exception as error:
+        raise _damaged(folder, error) from None
+
+
+def provenance_of(path: str | Path) -> dict[str, Any]:
+    """What `save_tokenizer` was given to keep beside the weights.
+
+    Raises:
+        CheckpointError: no tokenizer there, or damaged.
+    """
+    folder = find_tokenizer(path)
+    try:
+        return {name: value for name, value in json.loads((folder / CONFIG).read_text()).items() if name not in OWN}
     except Exception as error:
         raise _damaged(folder, error) from None
 

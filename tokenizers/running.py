@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from mimetic.data.index import Index
     from mimetic.data.mixture import Mixture
     from mimetic.data.stream import Transform
+    from mimetic.data.views import ClassifyViews
     from mimetic.engine.loop import Batches
     from mimetic.engine.objective import Objective
     from mimetic.engine.run import Record
@@ -39,7 +40,7 @@ class TokenizerTraining(NamedTuple):
     start_codes: Callable[["torch.Tensor", int], None]
     start_images: int
     training: "Transform"
-    plain: "Transform"
+    plain: "ClassifyViews"
     title: str
     measure: "Callable[[Batches], list[Record]]"
     best: str
@@ -65,6 +66,7 @@ def run_training(invocation: Invocation[Any], build: Build) -> None:
     from mimetic.data.picture import in_unit_range
     from mimetic.data.stream import ShardStream
     from mimetic.engine.loop import Evaluation, train
+    from mimetic.tokenizers.examination import reference_figures
     from mimetic.tokenizers.files import save_tokenizer
     from mimetic.tokenizers.objective import only_valid
 
@@ -87,7 +89,9 @@ def run_training(invocation: Invocation[Any], build: Build) -> None:
                     evaluation=evaluation if recipe.evaluate_on else None,
                     shown=next(ShardStream(held_out, 16, shuffle=False, transform=built.plain).run(1)))  # fmt: skip
     if trained and accelerator.is_main_process:
-        save_tokenizer(built.tokenizer, invocation.out / "tokenizer")
+        size = built.plain.image_size
+        reference = reference_figures(built.tokenizer.eval(), held_out, size, accelerator.device)
+        save_tokenizer(built.tokenizer, invocation.out / "tokenizer", {"image_size": size, "reference": reference})
         Run(invocation, "tokenizer").finish()
         print(f"tokenizer in {invocation.out}/tokenizer\nnext: pretrain with it, {built.pretraining} --tokenizer.path {invocation.out} "
               f"--data.index {recipe.data.named} (--help has an example)")  # fmt: skip

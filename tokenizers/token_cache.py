@@ -104,11 +104,12 @@ def read_contents(folder: Path) -> Contents:
         raise DataError(f"{folder / CONTENTS} is damaged ({type(error).__name__}: {error}); make it anew in another folder") from None
 
 
-def terms_of(views: PretrainViews, index: Index, tokenizer_hash: str, seed: int) -> Terms:
+def terms_of(views: PretrainViews, index: Index, tokenizer_hash: str, precision: str, seed: int) -> Terms:
     """All that the tokens of a view follow from, under the names of the settings."""
     augmentation = views.augmentation
-    return {"tokenizer.path": tokenizer_hash, "data.index": index.fingerprint, "seed": seed, "backbone.image_size": views.image_size,
-            "views.target_size": views.target_size, "views.crop_low": augmentation.scale[0], "views.crop_high": augmentation.scale[1],
+    return {"tokenizer.path": tokenizer_hash, "tokenizer.precision": precision, "data.index": index.fingerprint, "seed": seed,
+            "backbone.image_size": views.image_size, "views.target_size": views.target_size, "interpolation": views.target_interpolation,
+            "views.crop_low": augmentation.scale[0], "views.crop_high": augmentation.scale[1],
             "views.shift": augmentation.shift, "views.flip": augmentation.flip, "views.jitter": augmentation.jitter}  # fmt: skip
 
 

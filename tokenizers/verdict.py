@@ -1,0 +1,158 @@
+"""A word on a tokenizer from what the doctor measured, and the reasons for it.
+
+The thresholds are relative: to what the codebook could carry on so many cells, to what a k-means codebook of the same images does, and to
+what the tokenizer itself did on held-out images of its own training, where its folder tells.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mimetic.tokenizers.doctor import Figures, Specimens
+
+HEALTHY, COARSE, COLLAPSED, BLIND = "healthy", "coarse", "collapsed", "blind to this domain"
+REFERENCE = ("images", "codes_used", "perplexity", "perplexity_non_blank", "top1_non_blank", "explained", "detail", "yardstick_detail",
+             "pixel_mean", "pixel_std")  # fmt: skip  # what a training keeps of its own figures
+FEWEST = 32  # cells that are not blank; of fewer nothing can be said
+
+COLLAPSED_ENTROPY = 1 / 3  # of log2 of the codes that could occur: 6 of 256, 20 of 8192 equally common ones
+COLLAPSED_TOP = 0.5  # share of the most frequent code in cells that are not blank
+COLLAPSED_EXPLAINED = 0.1
+BLIND_PERPLEXITY = 1 / 3  # of the reference's
+BLIND_DETAIL, BLIND_DETAIL_ALONE = 0.5, 0.35  # of what k-means has; the reference's share of that is taken for whole, where known
+BLIND_UNEXPLAINED, BLIND_UNEXPLAINED_YARDSTICK = 2.0, 1.5  # times the reference's, and times what k-means leaves
+BLIND_PLACE = 0.8  # of a token's information
+BLIND_MOVED = 0.05  # agreement beyond chance after a shift by a cell
+COARSE_ENTROPY, COARSE_BITS = 1 / 2, 3.0  # of log2 of the codes that could occur: 16 of 256, 90 of 8192; and 8 codes at the least
+COARSE_EXPLAINED = 0.8
+
+THRESHOLDS = {name.lower(): value for name, value in dict(globals()).items() if isinstance(value, float)}
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of a tokenizer.
+
+    Attributes:
+        word: healthy, coarse, collapsed, or blind to this domain.
+        reasons: for the word, each with the figure and its limit.
+        compared: what figures were held against.
+    """
+
+    word: str
+    reasons: tuple[str, ...]
+    compared: str
+
+
+def reference_of(figures: Figures) -> dict[str, Any]:
+    """The few figures that a tokenizer's folder keeps of its own held-out images."""
+    return {name: getattr(figures, name) for name in REFERENCE}
+
+
+def judge(figures: Figures, reference: Mapping[str, Any] | None = None) -> Verdict:
+    """Return the verdict.
+
+    A tokenizer collapsed whatever it is shown, or was never trained, if its tokens carry next to nothing here and its own
+    reference is no better or is not known. It is blind to this domain if it was better on its own, or does far worse than k-means.
+    """
+    compared = ("reference figures of its own held-out images" if reference else
+                "absolute limits and k-means alone: the tokenizer's folder has no reference figures")  # fmt: skip
+    fails = _collapse(figures)
+    if fails and (not reference or _was_collapsed(reference, figures.vocab_size)):
+        return Verdict(COLLAPSED, tuple(fails), compared)
+    blind = fails + (_worse_than(figures, reference) if reference else []) + _blindness(figures, reference)
+    if blind:
+        return Verdict(BLIND, tuple(blind), compared)
+    coarse = _coarseness(figures)
+    return Verdict(COARSE, tuple(coarse), compared) if coarse else Verdict(HEALTHY, (_praise(figures),), compared)
+
+
+def too_little(seen: Specimens) -> str:
+    """Return why nothing can be said on these images; empty where something can."""
+    images, cells = len(seen.ids_NPQ), int((~seen.blank_NPQ).sum())
+    if images < 2:
+        return f"{images} images that can be read are too few to judge a tokenizer on; give some hundred"
+    if cells < FEWEST:
+        return f"{cells} of {seen.blank_NPQ.numel():,} cells show anything at all, too few to judge a tokenizer on; give other images"
+    return ""
+
+
+def limits(vocab_size: int, cells: int) -> tuple[float, float]:
+    """Return the perplexities over `cells` cells that are not blank below which a tokenizer is collapsed, and coarse."""
+    possible = max(2, min(vocab_size, cells))
+    return possible**COLLAPSED_ENTROPY, max(possible**COARSE_ENTROPY, 2**COARSE_BITS)
+
+
+def beyond_chance(figures: Figures, what: str) -> float:
+    """Return the share of tokens that stay beyond those that chance would keep: 1 for all, 0 for chance (Cohen's kappa)."""
+    chance = figures.stays_by_chance[what]
+    return (figures.stays[what] - chance) / (1 - chance) if chance < 1 else 1.0
+
+
+def _collapse(f: Figures) -> list[str]:
+    reasons, (limit, _) = [], limits(f.vocab_size, f.non_blank)
+    if f.perplexity_non_blank < limit:
+        reasons.append(f"{_perplexity(f)}, below {limit:.3g}: less than a third of the bits that {f.vocab_size:,} codes could carry")
+    if f.top1_non_blank > COLLAPSED_TOP:
+        reasons.append(f"one code takes {f.top1_non_blank:.0%} of the cells that are not blank, more than {COLLAPSED_TOP:.0%}")
+    if f.explained is not None and f.explained < COLLAPSED_EXPLAINED:
+        reasons.append(f"reconstructions explain {f.explained:.0%} of the images' variance, less than {COLLAPSED_EXPLAINED:.0%}")
+    return reasons
+
+
+def _was_collapsed(reference: Mapping[str, Any], vocab_size: int) -> bool:
+    explained = reference["explained"]
+    return (reference["perplexity_non_blank"] < limits(vocab_size, vocab_size)[0] or reference["top1_non_blank"] > COLLAPSED_TOP
+            or (explained is not None and explained < COLLAPSED_EXPLAINED))  # fmt: skip
+
+
+def _worse_than(f: Figures, reference: Mapping[str, Any]) -> list[str]:
+    reasons, before = [], reference["perplexity_non_blank"]
+    if f.perplexity_non_blank < BLIND_PERPLEXITY * before:
+        reasons.append(f"{_perplexity(f)}, below a third of the {before:.3g} on its own held-out images")
+    if f.explained is not None and reference["explained"] is not None:
+        lost, lost_before, lost_by_kmeans = 1 - f.explained, 1 - reference["explained"], 1 - f.yardstick_explained
+        if lost > max(BLIND_UNEXPLAINED * lost_before, BLIND_UNEXPLAINED_YARDSTICK * lost_by_kmeans):
+            reasons.append(f"reconstructions lose {lost:.1%} of the variance, more than {BLIND_UNEXPLAINED:g} times the {lost_before:.1%} on "
+                           f"its own held-out images and {BLIND_UNEXPLAINED_YARDSTICK:g} times the {lost_by_kmeans:.1%} that k-means loses "
+                           "here")  # fmt: skip
+    return reasons
+
+
+def _blindness(f: Figures, reference: Mapping[str, Any] | None) -> list[str]:
+    reasons = []
+    if f.detail is not None and f.detail < (least := least_detail(f.yardstick_detail, reference)):
+        reasons.append(f"reconstructions have {f.detail:.0%} of the detail inside cells, less than {least:.0%}: {f.yardstick_codes:,} codes "
+                       f"of k-means have {f.yardstick_detail:.0%}")  # fmt: skip
+    if f.position_information > BLIND_PLACE * f.entropy > 0:
+        reasons.append(f"{f.position_information:.2g} of a token's {f.entropy:.2g} bits are where its cell is, and not what it shows")
+    if "1 cell" in f.stays and (moved := beyond_chance(f, "1 cell")) < BLIND_MOVED:
+        reasons.append(f"shifted by a cell, {moved:.0%} of the tokens move along beyond chance, less than {BLIND_MOVED:.0%}")
+    return reasons
+
+
+def least_detail(by_kmeans: float, reference: Mapping[str, Any] | None) -> float:
+    """Return the detail inside cells below which a tokenizer is blind where k-means has so much of it."""
+    if not reference or reference["detail"] is None or reference["yardstick_detail"] <= 0:
+        return BLIND_DETAIL_ALONE * by_kmeans
+    return BLIND_DETAIL * min(1.0, reference["detail"] / reference["yardstick_detail"]) * by_kmeans
+
+
+def _coarseness(f: Figures) -> list[str]:
+    reasons, (_, limit) = [], limits(f.vocab_size, f.non_blank)
+    if f.perplexity_non_blank < limit:
+        reasons.append(f"{_perplexity(f)}, below {limit:.3g}: tokens of {math.log2(f.perplexity_non_blank):.2g} bits say little")
+    if f.explained is not None and f.explained < COARSE_EXPLAINED:
+        reasons.append(f"reconstructions explain {f.explained:.0%} of the images' variance, less than {COARSE_EXPLAINED:.0%}: "
+                       "smaller cells or more codes would explain more")  # fmt: skip
+    return reasons
+
+
+def _praise(f: Figures) -> str:
+    drawn = "" if f.explained is None else f", reconstructions explain {f.explained:.0%} of the images' variance"
+    return f"{f.codes_used:,} of {f.vocab_size:,} codes in use, {_perplexity(f)}{drawn}"
+
+
+def _perplexity(f: Figures) -> str:
+    return f"perplexity {f.perplexity_non_blank:.3g} over cells that are not blank"
