@@ -7,6 +7,7 @@ import shutil
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import timm.models.beit
 import timm.models.vision_transformer
@@ -53,7 +54,8 @@ def aggregation(name: str = VIT, layer: int = 3, head_layers: int = 2, **overrid
 
 
 def batch(images: int = 3) -> dict[str, Tensor]:
-    hidden_BPQ = mask_generator((4, 4), 6, kind="random", min_block=1, aspect=0.3, unit=1).sample(torch.arange(images).numpy().astype("uint64"))
+    masks = mask_generator((4, 4), 6, kind="random", min_block=1, aspect=0.3, unit=1)
+    hidden_BPQ = masks.sample(np.arange(images, dtype=np.uint64))
     return {"image": pixels(images, 1, 16, 16, seed=2), "target": pixels(images, 1, 16, 16, seed=3), "hidden": hidden_BPQ,
             "valid": torch.ones(images).bool()}  # fmt: skip
 
@@ -180,7 +182,7 @@ def test_backbones_without_a_place_for_it_are_refused(name, layer, overrides, to
 
 
 def test_both_views_are_one_where_size_and_interpolation_are():
-    images, seeds = [pixels(1, 30, 20, seed=seed) for seed in range(4)], torch.arange(4).numpy().astype("uint64")
+    images, seeds = [pixels(1, 30, 20, seed=seed) for seed in range(4)], np.arange(4, dtype=np.uint64)
     one = PretrainViews(16, 16, Augmentation((0.3, 1.0)), None, "bicubic")(images, seeds)
     assert torch.equal(one["image"], one["target"])
     two = PretrainViews(16, 8, UNALTERED, None, "bicubic")(images, seeds)

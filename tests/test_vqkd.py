@@ -268,9 +268,9 @@ def test_unfit_images_and_settings_are_named():
     vqkd = tiny_vqkd()
     with pytest.raises(SettingError, match=r"\(batch, 1, .*\(2, 3, 16, 16\)"):
         vqkd.encode(torch.rand(2, 3, 16, 16))
-    with pytest.raises(SettingError, match="height 18 .*stride 4"):
+    with pytest.raises(SettingError, match=r"height 18 .*stride 4"):
         vqkd.encode(torch.rand(2, 1, 18, 16))
-    with pytest.raises(SettingError, match="32x32.*16x16"):
+    with pytest.raises(SettingError, match=r"32x32.*16x16"):
         vqkd.encode(torch.rand(2, 1, 32, 32))
     with pytest.raises(SettingError, match="16 cells cannot start 100 codes"):
         tiny_vqkd(100).start_codebook(torch.rand(1, 1, 16, 16))
@@ -354,7 +354,8 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(efficientnet, tmp_path)
 
 
 def vision_model(kind: str) -> torch.nn.Module:
-    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 24, "patch_size": 4}
+    small = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64, "image_size": 24,
+             "patch_size": 4}  # fmt: skip
     if kind == "vit":
         return transformers.ViTModel(transformers.ViTConfig(**small))
     if kind == "registers":
