@@ -57,8 +57,8 @@ class SphericalCodebook(nn.Module):
 
         c <- normalize(decay * c + (1 - decay) * normalize(sum of its features)), as the authors' `NormEMAVectorQuantizer`.
         """
-        usual_VD = torch.where(counts_V[:, None] > 0, F.normalize(sums_VD), self.codes_VD)
-        self.codes_VD.copy_(F.normalize(self.codes_VD.lerp(usual_VD, 1 - decay)))
+        moved_VD = F.normalize(self.codes_VD.lerp(F.normalize(sums_VD), 1 - decay))
+        self.codes_VD.copy_(torch.where(counts_V[:, None] > 0, moved_VD, self.codes_VD))
         self.usage_V.lerp_(counts_V, 1 - decay)
 
     @torch.no_grad()

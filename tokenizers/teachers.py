@@ -224,8 +224,8 @@ def _of_transformers(folder: Path, image_size: int | None) -> Opened:
     file = folder / "preprocessor_config.json"
     own = json.loads(file.read_text()) if file.is_file() else {}
     config = getattr(net.config, "vision_config", net.config)
-    size = image_size or getattr(config, "image_size", 224)
-    return TransformersMap(net), size, (own.get("image_mean"), own.get("image_std"))
+    size = image_size or getattr(config, "image_size", None) or 224  # a convolutional net's says none
+    return TransformersMap(net), int(size), (own.get("image_mean"), own.get("image_std"))
 
 
 def _line(error: Exception) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mimetic.backbones.catalog import create_backbone
 from mimetic.backbones.contract import Backbone
+from mimetic.backbones.layers import init_linear_
 from mimetic.backbones.vit import ViT
 from mimetic.engine.errors import SettingError
 from mimetic.tokenizers.contract import check_image_fits
@@ -126,9 +127,7 @@ class FeatureDecoder(nn.Module):
 def task_layer(width: int, out: int) -> nn.Sequential:
     """The authors' linear, tanh, linear at both ends of the codebook."""
     layers = nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, out))
-    for layer in (layers[0], layers[2]):
-        nn.init.trunc_normal_(layer.weight, std=0.02)
-        nn.init.zeros_(layer.bias)
+    init_linear_(layers)
     return layers
 
 
