@@ -211,11 +211,11 @@ def test_beit_pretrains_on_its_ids_in_either_precision(world, tmp_path):
     found = {}
     for precision in ("fp32", "bf16"):
         arguments = beit_arguments(world, tmp_path / precision, train__steps=3, tokenizer__path=tmp_path / "dalle")
-        found[precision] = losses(run_here("pretrain/beit.py", [*arguments, "--tokenizer.precision", precision]))
+        found[precision] = losses(run_here("beit", [*arguments, "--tokenizer.precision", precision]))
     assert len(found["bf16"]) == len(found["fp32"]) == 3
     assert found["bf16"] == pytest.approx(found["fp32"], abs=0.1)
     with pytest.raises(SettingError, match=r"tokenizer\.precision is 'fp16'; it must be fp32 or bf16"):
-        run_here("pretrain/beit.py", [*arguments, "--tokenizer.precision", "fp16"])
+        run_here("beit", [*arguments, "--tokenizer.precision", "fp16"])
 
 
 @pytest.mark.parametrize("tokenizer", [DalleVAE(16, 3, 8, 1, 8), DVAE(16, 8, 3, width=16)], ids=["dalle", "dvae"])
