@@ -82,9 +82,10 @@ def ties(image_BCHW: torch.Tensor) -> None:
     best = exact.topk(2).values
     gap = (best[..., 0] - best[..., 1])[differs]
     beyond = int((gap >= 2 * error).sum())
-    print(f"random weights, {differs.numel():,} cells: {1 - differs.float().mean():.2%} of ids equal; error of a logit in bf16 at most {error:.2g} "
-          f"(their deviation is {exact.std():.2g}); gap of the two best codes where ids differ: at most "
-          f"{gap.max().item() if len(gap) else 0:.2g}, {beyond} of {len(gap)} at twice the error or beyond", flush=True)  # fmt: skip
+    widest = gap.max().item() if len(gap) else 0.0
+    print(f"random weights, {differs.numel():,} cells: {1 - differs.float().mean():.2%} of ids equal; a logit in bf16 is off by at most "
+          f"{error:.2g} (deviation {exact.std():.2g}); where ids differ, the two best codes lie at most {widest:.2g} apart, {beyond} of "
+          f"{len(gap)} at twice the error or beyond", flush=True)  # fmt: skip
     if beyond:
         raise SystemExit("bf16 changes ids that were no near ties")
 

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import hashlib
 import io
 import json
 import pickle
@@ -144,7 +145,8 @@ def test_the_folder_says_where_it_comes_from_and_a_changed_byte_is_found(importe
     assert told["kind"] == "dalle"
     assert told["arguments"] == {"vocab_size": 512, "in_channels": 3, "n_hid": 64, "n_blk_per_group": 1, "n_init": 32}
     assert [source["file"] for source in told["source"]] == ["encoder.pkl", "decoder.pkl"]
-    assert len(told["source"][0]["sha256"]) == 64
+    assert [source["format"] for source in told["source"]] == ["pickled module", "pickled module"]
+    assert told["source"][0]["sha256"] == hashlib.sha256((pickles / "encoder.pkl").read_bytes()).hexdigest()
     again = tmp_path / "again"
     import_tokenizer(pickles / "encoder.pkl", again)
     assert tokenizer_hash(again) == tokenizer_hash(imported)
@@ -438,9 +440,8 @@ def home(tmp_path, monkeypatch, pickles) -> Path:
     monkeypatch.setattr(published, "PATIENCE", 1.0)
     monkeypatch.setattr(published, "TELL", 0.0)
     monkeypatch.chdir(tmp_path)
-    from mimetic.tokenizers.importing import _sha256
-
-    monkeypatch.setattr(published, "FILES", {"encoder.pkl": _sha256(pickles / "encoder.pkl"), "decoder.pkl": None})
+    sha256 = hashlib.sha256((pickles / "encoder.pkl").read_bytes()).hexdigest()
+    monkeypatch.setattr(published, "FILES", {"encoder.pkl": sha256, "decoder.pkl": None})
     return tmp_path / "home/tokenizers"
 
 
