@@ -34,6 +34,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 $(VENV)/.tested: $(VENV)/.installed
 	@echo "adding what tests need: other people's models to hold ours against"
 	@$(PIP) --editable '.[test]'
+	@$(PIP) --no-deps dall-e  # it asks for mypy, pytest, blobfile and more, and uses attrs, numpy, torch and requests
 	@touch $@
 
 clean:

@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import hashlib
 import io
 import json
 import pickle
@@ -144,7 +145,8 @@ def test_the_folder_says_where_it_comes_from_and_a_changed_byte_is_found(importe
     assert told["kind"] == "dalle"
     assert told["arguments"] == {"vocab_size": 512, "in_channels": 3, "n_hid": 64, "n_blk_per_group": 1, "n_init": 32}
     assert [source["file"] for source in told["source"]] == ["encoder.pkl", "decoder.pkl"]
-    assert len(told["source"][0]["sha256"]) == 64
+    assert [source["format"] for source in told["source"]] == ["pickled module", "pickled module"]
+    assert told["source"][0]["sha256"] == hashlib.sha256((pickles / "encoder.pkl").read_bytes()).hexdigest()
     again = tmp_path / "again"
     import_tokenizer(pickles / "encoder.pkl", again)
     assert tokenizer_hash(again) == tokenizer_hash(imported)
@@ -211,11 +213,11 @@ def test_beit_pretrains_on_its_ids_in_either_precision(world, tmp_path):
     found = {}
     for precision in ("fp32", "bf16"):
         arguments = beit_arguments(world, tmp_path / precision, train__steps=3, tokenizer__path=tmp_path / "dalle")
-        found[precision] = losses(run_here("pretrain/beit.py", [*arguments, "--tokenizer.precision", precision]))
+        found[precision] = losses(run_here("beit", [*arguments, "--tokenizer.precision", precision]))
     assert len(found["bf16"]) == len(found["fp32"]) == 3
     assert found["bf16"] == pytest.approx(found["fp32"], abs=0.1)
     with pytest.raises(SettingError, match=r"tokenizer\.precision is 'fp16'; it must be fp32 or bf16"):
-        run_here("pretrain/beit.py", [*arguments, "--tokenizer.precision", "fp16"])
+        run_here("beit", [*arguments, "--tokenizer.precision", "fp16"])
 
 
 @pytest.mark.parametrize("tokenizer", [DalleVAE(16, 3, 8, 1, 8), DVAE(16, 8, 3, width=16)], ids=["dalle", "dvae"])
@@ -438,9 +440,8 @@ def home(tmp_path, monkeypatch, pickles) -> Path:
     monkeypatch.setattr(published, "PATIENCE", 1.0)
     monkeypatch.setattr(published, "TELL", 0.0)
     monkeypatch.chdir(tmp_path)
-    from mimetic.tokenizers.importing import _sha256
-
-    monkeypatch.setattr(published, "FILES", {"encoder.pkl": _sha256(pickles / "encoder.pkl"), "decoder.pkl": None})
+    sha256 = hashlib.sha256((pickles / "encoder.pkl").read_bytes()).hexdigest()
+    monkeypatch.setattr(published, "FILES", {"encoder.pkl": sha256, "decoder.pkl": None})
     return tmp_path / "home/tokenizers"
 
 

@@ -54,7 +54,8 @@ class DalleTokenizer(nn.Module):
 
     def logits(self, image_BCHW: Tensor) -> Tensor:
         """Return logits_BPQV of images in [0, 1]. The last layer is in fp32 always: many cells are near ties, bf16 would make them ties."""
-        *trunk, output = self.encoder
+        layers: list[Any] = list(self.encoder)
+        *trunk, output = layers
         with torch.autocast(image_BCHW.device.type, enabled=False):
             x_BDhw = map_pixels(image_BCHW.float()).to(trunk[0].weight.dtype, memory_format=torch.channels_last)
             for layer in trunk:
@@ -100,7 +101,8 @@ class DalleVAE(DalleTokenizer):
 
     def draw(self, ids_BPQ: Tensor) -> Tensor:
         """Return (B, 2C, H, W): location and log scale of each pixel's logit-Laplace distribution."""
-        table, *layers = self.decoder
+        parts: list[Any] = list(self.decoder)
+        table, *layers = parts
         x_BDhw = F.embedding(ids_BPQ, table.weight.flatten(1).T) + table.bias  # a 1x1 convolution of one-hot vectors
         x_BDhw = x_BDhw.movedim(-1, 1)
         for layer in layers:

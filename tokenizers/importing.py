@@ -47,18 +47,19 @@ def import_tokenizer(file: Path, out: Path, decoder: Path | None = None) -> Dall
     beside = file.with_name("decoder.pkl")
     decoder = decoder or (beside if file.name == "encoder.pkl" and beside.exists() else None)
     sources = [file] if decoder is None else [file, decoder]
-    states = [read_state(source) for source in sources]
+    states, formats = zip(*map(read_state, sources), strict=True)
     if decoder is not None and not all(name.startswith("decoder.") for name in states[1]):
         raise CheckpointError(f"{decoder} holds an encoder; give the file of a decoder, or leave --decoder out")
     tokenizer = built({name: tensor for state in states for name, tensor in state.items()}, " and ".join(map(str, sources)))
-    save_tokenizer(tokenizer, out, {"source": [{"file": source.name, "sha256": _sha256(source)} for source in sources]})
-    told = "encoder and decoder" if isinstance(tokenizer, DalleVAE) else "the encoder alone: it cannot draw what its ids stand for"
-    print(f"tokenizer of {tokenizer.vocab_size} codes, stride {tokenizer.stride}, {tokenizer.in_channels} channels, in {out} ({told})")
+    told = [{"file": source.name, "sha256": _sha256(source), "format": kind} for source, kind in zip(sources, formats, strict=True)]
+    save_tokenizer(tokenizer, out, {"source": told})
+    parts = "encoder and decoder" if isinstance(tokenizer, DalleVAE) else "the encoder alone: it cannot draw what its ids stand for"
+    print(f"tokenizer of {tokenizer.vocab_size} codes, stride {tokenizer.stride}, {tokenizer.in_channels} channels, in {out} ({parts})")
     return tokenizer
 
 
-def read_state(file: Path) -> State:
-    """The tensors of a file under our names, `encoder.*` and `decoder.*`; nothing in it is executed.
+def read_state(file: Path) -> tuple[State, str]:
+    """The tensors of a file under our names, `encoder.*` and `decoder.*`, and what kind of file it is; nothing in it is executed.
 
     Raises:
         CheckpointError: as for `import_tokenizer`.
@@ -67,12 +68,13 @@ def read_state(file: Path) -> State:
         raise CheckpointError(f"{file}: no such file; it may be {FORMATS}")
     with file.open("rb") as head:
         is_safetensors = head.read(9)[8:] == b"{"
-    state = _renamed(_safetensors(file) if is_safetensors else _pickled(file))
+    found, kind = _safetensors(file) if is_safetensors else _pickled(file)
+    state = _renamed(found)
     if not state:
         raise CheckpointError(f"{file} holds no tokenizer that is known here; it may be {FORMATS}")
     for name, tensor in state.items():
         _check_tensor(file, name, tensor)
-    return {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in state.items()}
+    return {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in state.items()}, kind
 
 
 def built(state: State, named: str) -> DalleTokenizer:
@@ -124,20 +126,20 @@ def _side(found: State) -> str:
     return "decoder" if first is not None and first.shape[2:] == (1, 1) else "encoder"
 
 
-def _safetensors(file: Path) -> State:
+def _safetensors(file: Path) -> tuple[State, str]:
     try:
         with safe_open(file, framework="pt") as content:
-            return {name: content.get_tensor(name) for name in content.keys() if "blocks." in name}  # noqa: SIM118
+            return {name: content.get_tensor(name) for name in content.keys() if "blocks." in name}, "safetensors"  # noqa: SIM118
     except SafetensorError as error:
         raise CheckpointError(f"{file} is damaged ({_line(error)}); get it again") from None
 
 
-def _pickled(file: Path) -> State:
+def _pickled(file: Path) -> tuple[State, str]:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([(_Recorded, name) for name in MODULES]):
             warnings.simplefilter("ignore")  # that the pickle is of another protocol: it is refused where that matters
             content = torch.load(file, map_location="cpu", weights_only=True)
-        return dict(_tensors(content))
+        return dict(_tensors(content)), "pickled module" if type(content) is _Recorded else "pickled state"
     except Exception as error:  # the reader meets whatever bytes there are
         told = str(error)
     if asked := re.search(r"GLOBAL (\S+) was not|GLOBAL (\S+) whose", told):
