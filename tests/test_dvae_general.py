@@ -156,7 +156,7 @@ def test_many_logits_in_parts_give_the_same_loss_and_gradients(monkeypatch):
         dvae.codebook.counts_V.zero_()
         loss, _ = dvae.train().loss(image_BCHW, 0.7, 0.1)
         loss.backward()
-        return float(loss), [p.grad.clone() for p in dvae.parameters() if p.grad is not None], dvae.codebook.counts_V.clone()
+        return float(loss.detach()), [p.grad.clone() for p in dvae.parameters() if p.grad is not None], dvae.codebook.counts_V.clone()
 
     whole, ids_BPQ = measured(), dvae.encode(image_BCHW)
     monkeypatch.setattr(dvae_module, "HELD", 64 * 64)  # 480 cells in parts of 64
