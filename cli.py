@@ -126,6 +126,7 @@ def parser() -> argparse.ArgumentParser:
                            help="share of the lowest attention left out in the second rollout (default: %(default)s)")  # fmt: skip
     attention.add_argument("--cell", type=int, nargs=2, metavar=("ROW", "COLUMN"),
                            help="whose view is shown (default: [CLS], or the mean of all patches, or the middle of the map)")  # fmt: skip
+    _add_range(attention)
     return top
 
 
@@ -134,9 +135,13 @@ def _add_shared(command: argparse.ArgumentParser) -> None:
                          help="share of unreadable images that is tolerated (default: %(default)s; 0 is strict)")  # fmt: skip
     command.add_argument("--channels", type=int, metavar="C",
                          help="channels of every image (default: 3 if any is coloured, else 1; an array's own number)")  # fmt: skip
+    _add_range(command)
+    _add_workers(command)
+
+
+def _add_range(command: argparse.ArgumentParser) -> None:
     command.add_argument("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
                          help="pixel values that become 0 and 1, of 16-bit or float images (default: 8 bits)")  # fmt: skip
-    _add_workers(command)
 
 
 def _add_workers(command: argparse.ArgumentParser) -> None:
@@ -198,7 +203,8 @@ def dispatch() -> None:
         from mimetic.report.attention import draw_attention
 
         cell = tuple(arguments.cell) if arguments.cell else None
-        draw_attention(arguments.run, arguments.image, arguments.out, fuse=arguments.fuse, discard=arguments.discard, cell=cell)
+        draw_attention(arguments.run, arguments.image, arguments.out, fuse=arguments.fuse, discard=arguments.discard, cell=cell,
+                       range=arguments.range)  # fmt: skip
     else:
         from mimetic.report.compare import compare
 

@@ -6,11 +6,13 @@ Legend: B batch, C channels, H W pixels, P Q patch grid, h w feature grid.
 import io
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from torch import Tensor
@@ -19,6 +21,9 @@ from mimetic.backbones.attention import attention_distance, attention_maps, posi
 from mimetic.backbones.contract import Backbone
 from mimetic.backbones.files import backbone_folder, load_backbone
 from mimetic.backbones.vit import ViT
+from mimetic.data.decode import decode
+from mimetic.data.picture import cut, in_unit_range
+from mimetic.data.pixelrange import Range, pixel_range
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError, SettingError
 
@@ -27,16 +32,17 @@ Cell = tuple[int, int]
 
 
 def draw_attention(run: str | Path, picture: Path, out: Path, *, fuse: str = "mean", discard: float = 0.9,
-                   cell: Cell | None = None) -> None:  # fmt: skip
+                   cell: Cell | None = None, range: Sequence[float] | None = None) -> None:  # fmt: skip
     """Writes a PNG: for a ViT attention rollout, per layer and per head; for windowed nets what a place can know.
 
     Args:
         run: a finished run or an exported folder.
-        picture: an image file.
+        picture: an image file, or an `.npy` of the backbone's channels.
         out: the PNG.
         fuse: how heads are fused.
         discard: share of the lowest attention left out in the second rollout.
         cell: the place whose view is shown; None for [CLS], for the mean of all patches, or for the middle of the map.
+        range: the pixel values that become 0 and 1, those of the data that the backbone was trained on; None for 8 bits.
 
     Raises:
         CheckpointError: no backbone there.
@@ -46,7 +52,7 @@ def draw_attention(run: str | Path, picture: Path, out: Path, *, fuse: str = "me
     if out.suffix.lower() != ".png":
         raise SettingError(f"--out {out} must end in .png")
     backbone = load_backbone(run).eval()
-    shown_HWC, image_BCHW = _read(picture, backbone, backbone_folder(run))
+    shown_HWC, image_BCHW = _read(picture, backbone, backbone_folder(run), pixel_range(range))
     print(f"drawing where {backbone.config['name']} of {run} looks in {picture}", flush=True)
     from matplotlib.figure import Figure
 
@@ -62,22 +68,41 @@ def draw_attention(run: str | Path, picture: Path, out: Path, *, fuse: str = "me
     print(f"picture in {out}")
 
 
-def _read(picture: Path, backbone: Backbone, folder: Path) -> tuple[NDArray[np.uint8], Tensor]:
-    """The centre of the picture at the backbone's size, to show and normalized."""
+def _read(picture: Path, backbone: Backbone, folder: Path, limits: Range | None) -> tuple[NDArray[np.uint8], Tensor]:
+    """The centre of the image at the backbone's size, to show (of more than three channels the first three) and normalized."""
+    is_deep = limits is not None or picture.suffix.lower() == ".npy"
+    image_CHW = _deep(picture, backbone, limits) if is_deep else _picture(picture, backbone)
+    config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
+    mean_C11, std_C11 = (torch.tensor(config[name])[:, None, None] for name in ("mean", "std"))
+    shown_CHW = image_CHW[:3] if len(image_CHW) >= 3 else image_CHW[:1].expand(3, -1, -1)
+    return (shown_CHW * 255).round().byte().permute(1, 2, 0).numpy(), ((image_CHW - mean_C11) / std_C11)[None]
+
+
+def _picture(picture: Path, backbone: Backbone) -> Tensor:
+    """(C, H, W) in [0, 1] of what Pillow reads, in 8 bits."""
     height, width = backbone.image_size
     mode = {1: "L", 3: "RGB"}.get(backbone.in_channels)
     if mode is None:
-        raise SettingError(f"the backbone reads images of {backbone.in_channels} channels; a picture has 1 or 3")
+        raise SettingError(f"the backbone reads images of {backbone.in_channels} channels; a picture has 1 or 3, give a .npy")
     try:
         with Image.open(picture) as opened:
             image = ImageOps.fit(ImageOps.exif_transpose(opened).convert(mode), (width, height), Image.Resampling.BICUBIC)
     except OSError as error:
         raise DataError(f"{picture} is no readable picture ({error.strerror or 'unknown format'})") from None
-    config = json.loads((folder / "config.json").read_text())["pretrained_cfg"]
-    shown = np.asarray(image)
-    pixels_HWC = torch.from_numpy(shown.reshape(height, width, -1).copy()).float() / 255
-    normalized_HWC = (pixels_HWC - torch.tensor(config["mean"])) / torch.tensor(config["std"])
-    return np.asarray(image.convert("RGB")), normalized_HWC.permute(2, 0, 1)[None]
+    return (torch.from_numpy(np.asarray(image).reshape(height, width, -1).copy()).float() / 255).permute(2, 0, 1)
+
+
+def _deep(picture: Path, backbone: Backbone, limits: Range | None) -> Tensor:
+    """(C, H, W) in [0, 1] of an array, or of a picture that is read deeper than 8 bits, as data with a pixel range is."""
+    try:
+        image_CHW = in_unit_range(torch.from_numpy(decode(picture.read_bytes(), backbone.in_channels, limits)))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{picture} is no readable image ({getattr(error, 'strerror', None) or error})") from None
+    there, wanted = image_CHW.shape[1:], backbone.image_size
+    scale = min(side / target for side, target in zip(there, wanted, strict=True))
+    height, width = (max(1, round(scale * target)) for target in wanted)
+    centre_CHW = cut(image_CHW, ((there[0] - height) // 2, (there[1] - width) // 2, height, width))
+    return F.interpolate(centre_CHW[None], wanted, mode="bicubic", antialias=True)[0].clamp(0, 1)
 
 
 def _draw_vit(figure: Any, backbone: ViT, image_BCHW: Tensor, shown_HWC: NDArray[np.uint8], fuse: str, discard: float,

@@ -11,6 +11,8 @@ from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
 from mimetic import cli
+from mimetic.backbones.catalog import create_backbone
+from mimetic.backbones.files import save_backbone
 from mimetic.data.checking import check_shards
 from mimetic.data.decode import decode
 from mimetic.data.index import open_index
@@ -24,6 +26,7 @@ from mimetic.data.picture import Picture
 from mimetic.data.stream import ShardStream, pixels
 from mimetic.data.views import Augmentation, ClassifyViews, Normalize, PretrainViews, resized
 from mimetic.engine.errors import DataError, SettingError
+from mimetic.report.attention import _read, draw_attention
 
 
 def deep(seed: int, *shape: int, low: int = 0, high: int = 4096, dtype: type = np.uint16) -> np.ndarray:
@@ -282,3 +285,23 @@ def test_bytes_take_the_path_they_took(tmp_path):
     assert (plain["image"].dtype, ranged["image"].dtype) == (torch.uint8, torch.float32)
     assert (plain["image"] / 255 - ranged["image"]).abs().max() < 2.1 / 255
     assert open_index(tmp_path / "ranged").mean == pytest.approx(open_index(tmp_path / "plain").mean, abs=2e-6)
+
+
+def test_attention_looks_at_arrays_as_the_data_has_them(tmp_path):
+    backbone = create_backbone("vit_tiny_patch16_224", 0, 16, 5, embed_dim=24, depth=2, num_heads=2, patch_size=4)
+    save_backbone(backbone, tmp_path / "net", mean=[0.5] * 5, std=[0.25] * 5)
+    array = deep(0, 16, 16, 5)
+    (tmp_path / "tile.npy").write_bytes(as_npy(array))
+    shown_HWC, image_BCHW = _read(tmp_path / "tile.npy", backbone, tmp_path / "net", (0, 4095))
+    assert np.abs(image_BCHW[0].numpy() - (expected(array, 0, 4095) - 0.5) / 0.25).max() < 1e-5
+    assert np.abs(shown_HWC.transpose(2, 0, 1) / 255 - expected(array, 0, 4095)[:3]).max() < 0.51 / 255
+    (tmp_path / "wide.npy").write_bytes(as_npy(np.pad(np.repeat(np.repeat(array, 2, 0), 2, 1), ((0, 0), (10, 10), (0, 0)))))
+    _, smaller_BCHW = _read(tmp_path / "wide.npy", backbone, tmp_path / "net", (0, 4095))
+    assert np.corrcoef(smaller_BCHW.flatten(), image_BCHW.flatten())[0, 1] > 0.9  # the centre, made smaller
+    draw_attention(tmp_path / "net", tmp_path / "tile.npy", tmp_path / "a.png", range=(0, 4095))
+    with Image.open(tmp_path / "a.png") as drawn:
+        assert drawn.width > 500
+    with pytest.raises(DataError, match=r"tile.npy is no readable image \(npy of uint16"):
+        draw_attention(tmp_path / "net", tmp_path / "tile.npy", tmp_path / "a.png")
+    with pytest.raises(SettingError, match=r"5 channels; a picture has 1 or 3, give a \.npy"):
+        draw_attention(tmp_path / "net", tmp_path / "tile.png", tmp_path / "a.png")
