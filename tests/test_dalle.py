@@ -1,18 +1,17 @@
 """DALL-E's dVAE against the package dall_e and transformers' FLAVA, and files of it from anywhere, hostile ones included."""
 
-import collections
 import copy
 import hashlib
-import io
 import json
 import pickle
 import struct
-import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import dall_e
 import pytest
 import torch
+from attack_pickles import Calls, as_legacy, as_zip, attacks, global_pickle
 from faulty_server import serving
 from safetensors.torch import save_file
 from tinyruns import beit_arguments, flip_byte, losses, run_here
@@ -248,89 +247,6 @@ def test_the_range_is_looked_at_without_a_graph_break():
         compiled(3 * images(1, 3, 8, 8))
 
 
-def global_pickle(path: str, name: str, argument: str) -> bytes:
-    """Protocol 2: calls path.name(argument)."""
-    text = argument.encode()
-    return b"\x80\x02c" + f"{path}\n{name}\n".encode() + b"X" + struct.pack("<I", len(text)) + text + b"\x85R."
-
-
-class Calls:
-    """Pickles as a call of anything."""
-
-    def __init__(self, function, *arguments):
-        self.call = (function, arguments)
-
-    def __reduce__(self):
-        return self.call
-
-
-class Smuggler:
-    """Comes back with a state that its class would act on."""
-
-    def __setstate__(self, state):
-        Path(state["witness"]).touch()
-
-
-def attacks(witness: Path) -> dict[str, bytes]:
-    """Pickles that touch the witness when they are loaded by a reader that allows it."""
-    touch, code = f"touch {witness}", f"__import__('pathlib').Path({str(witness)!r}).touch()"
-    smuggled = Smuggler()
-    smuggled.witness = str(witness)
-    nested = collections.OrderedDict({"blocks.input.w": torch.zeros(1), "inner": [({"deep": Calls(eval, code)},)]})
-    # opcodes by hand: STACK_GLOBAL, INST, OBJ, and a state for the class that modules are recorded as
-    stack_global = b"\x80\x04\x8c\x02os\x8c\x06system\x93" + b"X" + struct.pack("<I", len(touch)) + touch.encode() + b"\x85R."
-    inst = b"(" + b"S'" + touch.encode() + b"'\n" + b"ios\nsystem\n."
-    obj = b"(cos\nsystem\nS'" + touch.encode() + b"'\no."
-    of_module = b"\x80\x02cdall_e.encoder\nEncoder\n)\x81}X\x0c\x00\x00\x00__setstate__cos\nsystem\nsbX" + struct.pack("<I", len(touch))
-    build = of_module + touch.encode() + b"b."
-    reduce_module = b"\x80\x02cdall_e.encoder\nEncoder\ncbuiltins\neval\nX" + struct.pack("<I", len(code)) + code.encode() + b"\x86R."
-    typed = b"\x80\x02ctorch._tensor\n_rebuild_from_type_v2\n(cbuiltins\neval\nctorch\nTensor\nX" + struct.pack("<I", len(code))
-    rebuild = typed + code.encode() + b"\x85}tR."
-    return {
-        "os.system": pickle.dumps(Calls(__import__("os").system, touch), 2),
-        "posix.system": global_pickle("posix", "system", touch),
-        "builtins.eval": global_pickle("builtins", "eval", code),
-        "builtins.exec": global_pickle("builtins", "exec", code),
-        "__builtin__.eval": global_pickle("__builtin__", "eval", code),
-        "subprocess": pickle.dumps(Calls(__import__("subprocess").getoutput, touch), 2),
-        "getattr chain": pickle.dumps(Calls(getattr, Calls(__import__, "os"), "system"), 2),
-        "runpy": global_pickle("runpy", "run_path", str(witness.with_name("evil.py"))),
-        "importlib": global_pickle("importlib", "import_module", "evil"),
-        "torch.hub": global_pickle("torch.hub", "load", str(witness.parent)),
-        "torch.load": global_pickle("torch.serialization", "load", str(witness.with_name("os.system"))),
-        "torch._utils": global_pickle("torch._utils", "_import_dotted_name", "os.system"),
-        "numpy": pickle.dumps(Calls(__import__("numpy").load, str(witness.with_name("evil.npy")), None, True), 2),
-        "codecs": global_pickle("codecs", "open", str(witness)),
-        "dotted name": global_pickle("torch.nn.modules.container", "Sequential.__init__.__globals__", code),
-        "__setstate__": pickle.dumps(smuggled, 2),
-        "nested": pickle.dumps(nested, 2),
-        "protocol 5": pickle.dumps(Calls(eval, code), 5),
-        "STACK_GLOBAL": stack_global,
-        "INST": inst,
-        "OBJ": obj,
-        "BUILD": build,
-        "REDUCE of a module": reduce_module,
-        "REDUCE within torch": rebuild,
-        "a class that dall_e does not have": global_pickle("dall_e.utils", "os.system", touch),
-    }
-
-
-def as_zip(content: bytes) -> bytes:
-    """What torch.save writes now."""
-    file = io.BytesIO()
-    with zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("archive/data.pkl", content)
-        archive.writestr("archive/version", "3\n")
-        archive.writestr("archive/byteorder", "little")
-    return file.getvalue()
-
-
-def as_legacy(content: bytes) -> bytes:
-    """What torch.save wrote before 2020: four pickles, then storages."""
-    head = [0x1950A86A20F9469CFC6C, 1001, {"protocol_version": 1001, "little_endian": True, "type_sizes": {}}]
-    return b"".join(pickle.dumps(each, 2) for each in head) + content + pickle.dumps([], 2)
-
-
 def test_no_file_gets_code_run(tmp_path, capfd):
     witness, out = tmp_path / "witness", tmp_path / "out"
     (tmp_path / "evil.py").write_text(f"open({str(witness)!r}, 'w')")
@@ -363,9 +279,11 @@ def test_the_attacks_are_real(tmp_path):
 
 def test_the_line_names_what_the_file_asks_for(tmp_path):
     file = tmp_path / "encoder.pkl"
-    file.write_bytes(as_zip(global_pickle("posix", "system", "true")))
-    with pytest.raises(CheckpointError, match=r"encoder\.pkl is refused: it asks for posix\.system, .*nothing of it was run"):
-        read_state(file)
+    for wrapped in (as_zip, as_legacy):
+        for module in ("posix", "runpy"):
+            file.write_bytes(wrapped(global_pickle(module, "system", "true")))
+            with pytest.raises(CheckpointError, match=rf"encoder\.pkl is refused: it asks for {module}\.system, .*nothing of it was run"):
+                read_state(file)
 
 
 def test_a_module_of_the_old_format_is_refused_with_the_cure(theirs, tmp_path):
@@ -464,6 +382,14 @@ def test_the_published_tokenizer_is_fetched_once_over_a_bad_line(home, pickles, 
     assert " MB of " in out
 
 
+def test_of_two_that_ask_at_the_same_time_one_fetches(home, pickles, monkeypatch):
+    with serving(pickles) as server, ThreadPoolExecutor(2) as both:
+        monkeypatch.setattr(published, "ADDRESS", server.address)
+        opened = list(both.map(mimetic.open_tokenizer, ["dalle", "dalle"]))
+        assert server.asked == {"encoder.pkl": 1, "decoder.pkl": 1}
+    assert [tokenizer.vocab_size for tokenizer in opened] == [512, 512]
+
+
 def test_another_file_than_the_published_one_is_refused(home, pickles, monkeypatch):
     with serving(pickles) as server:
         monkeypatch.setattr(published, "ADDRESS", server.address)
@@ -483,6 +409,16 @@ def test_without_a_network_it_says_what_to_put_where(home, pickles, monkeypatch)
     told = str(caught.value).split("`")[1]
     command(*told.split()[1:-2], pickles / "encoder.pkl", told.split()[-1])
     assert mimetic.open_tokenizer("dalle").vocab_size == 512
+
+
+def test_a_place_that_cannot_be_written_is_named(pickles, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MIMETIC_HOME", str(tmp_path / "file"))
+    with pytest.raises(SettingError, match=r"file/tokenizers cannot be written \(Not a directory\); set MIMETIC_HOME"):
+        mimetic.open_tokenizer("dalle")
+    with pytest.raises(SettingError, match=r"file/out cannot be written \(Not a directory\)"):
+        import_tokenizer(pickles / "encoder.pkl", tmp_path / "file/out")
 
 
 def test_a_folder_of_that_name_comes_first(home, imported, tmp_path):

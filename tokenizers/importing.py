@@ -39,7 +39,7 @@ def import_tokenizer(file: Path, out: Path, decoder: Path | None = None) -> Dall
 
     Raises:
         CheckpointError: no such file, of no known format, with code in it, or not this network.
-        SettingError: `out` holds something else.
+        SettingError: `out` holds something else, or cannot be written.
     """
     out = out.absolute()
     _check_free(out)
@@ -52,7 +52,10 @@ def import_tokenizer(file: Path, out: Path, decoder: Path | None = None) -> Dall
         raise CheckpointError(f"{decoder} holds an encoder; give the file of a decoder, or leave --decoder out")
     tokenizer = built({name: tensor for state in states for name, tensor in state.items()}, " and ".join(map(str, sources)))
     told = [{"file": source.name, "sha256": _sha256(source), "format": kind} for source, kind in zip(sources, formats, strict=True)]
-    save_tokenizer(tokenizer, out, {"source": told})
+    try:
+        save_tokenizer(tokenizer, out, {"source": told})
+    except OSError as error:
+        raise SettingError(f"{out} cannot be written ({error.strerror or error}); free some space, or name another folder") from None
     parts = "encoder and decoder" if isinstance(tokenizer, DalleVAE) else "the encoder alone: it cannot draw what its ids stand for"
     print(f"tokenizer of {tokenizer.vocab_size} codes, stride {tokenizer.stride}, {tokenizer.in_channels} channels, in {out} ({parts})")
     return tokenizer

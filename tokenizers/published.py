@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mimetic.data.cache import cache_folder
 from mimetic.data.fetch import fetch, joined
-from mimetic.engine.errors import CheckpointError, DataError
+from mimetic.engine.errors import CheckpointError, DataError, SettingError
 from mimetic.engine.words import duration
 
 DALLE = "dalle"
@@ -32,15 +32,19 @@ def published_tokenizer(name: str) -> Path:
 
     Raises:
         CheckpointError: it cannot be fetched, or is not what was published; the line says what to put where.
+        SettingError: the user's folder cannot be written.
     """
     folder = tokenizers_folder() / name
     if folder.exists():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with (folder.parent / f".{name}.lock").open("ab") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        if not folder.exists():
-            _fetch_dalle(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with (folder.parent / f".{name}.lock").open("ab") as held:
+            fcntl.flock(held, fcntl.LOCK_EX)
+            if not folder.exists():
+                _fetch_dalle(folder)
+    except OSError as error:
+        raise SettingError(f"{folder.parent} cannot be written ({error.strerror or error}); set MIMETIC_HOME to another folder") from None
     return folder
 
 
