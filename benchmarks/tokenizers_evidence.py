@@ -26,7 +26,7 @@ from mimetic.data.fashion_mnist import find_fashion_mnist
 ROOT = Path(__file__).resolve().parent.parent
 USED, PERPLEXITY = 0.80, 0.35  # wanted at least: share of the codes, perplexity over cells that are not blank as a share of V
 TILE, REDUCED = 96, 3  # pixels of a tile; how many pixels become one, a side
-PARTS = {"train": (0, 0.75), "val": (0.75, 1)}  # of each photograph, from left to right: what is measured on was not seen
+PARTS = {"train": (0, 0.75), "val": (0.75, 1)}  # of each photograph, along its longer side: what is measured on was not seen
 TILES = {"train": 1200, "val": 240}
 RANGE = ("0", "4095")
 SAMPLES = {"demo_tokenizer": 19200, "dvae_photographs_small": 9600, "dvae_thirteen_channels": 6400}  # a third of the recipes'
@@ -81,7 +81,7 @@ def _fashion(out: Path) -> Path:
 
 
 def _tiles(out: Path, kind: str) -> Path:
-    """Shards of tiles: of the left of each photograph to train on, of its right to measure on."""
+    """Shards of tiles: of three quarters of each photograph to train on, of the last to measure on."""
     shards = out / kind
     if not all((shards / name / "index.json").exists() for name in TILES):
         photos, told = photographs()
@@ -103,7 +103,9 @@ def _cut(photos: list[bytes], part: tuple[float, float], count: int) -> Iterator
     random = np.random.default_rng(0)
     for number, content in enumerate(photos):
         photo = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), np.float64)
-        photo = photo[:, round(part[0] * photo.shape[1]) : round(part[1] * photo.shape[1])]
+        longer = int(np.argmax(photo.shape[:2]))
+        begin, end = (round(share * photo.shape[longer]) for share in part)
+        photo = photo.take(range(begin, end), longer)
         side = TILE * REDUCED
         for _ in range(len(range(number, count, len(photos)))):
             top, left = (random.integers(0, length - side + 1) for length in photo.shape[:2])
