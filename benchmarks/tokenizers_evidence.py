@@ -25,7 +25,8 @@ from mimetic.data.fashion_mnist import find_fashion_mnist
 
 ROOT = Path(__file__).resolve().parent.parent
 USED, PERPLEXITY = 0.80, 0.35  # wanted at least: share of the codes, perplexity over cells that are not blank as a share of V
-TILE, REDUCED, HELD_OUT = 96, 3, 5  # pixels of a tile; how many pixels become one, a side; photographs that are held out
+TILE, REDUCED = 96, 3  # pixels of a tile; how many pixels become one, a side
+PARTS = {"train": (0, 0.75), "val": (0.75, 1)}  # of each photograph, along its longer side: what is measured on was not seen
 TILES = {"train": 1200, "val": 240}
 RANGE = ("0", "4095")
 SAMPLES = {"demo_tokenizer": 19200, "dvae_photographs_small": 9600, "dvae_thirteen_channels": 6400}  # a third of the recipes'
@@ -80,15 +81,15 @@ def _fashion(out: Path) -> Path:
 
 
 def _tiles(out: Path, kind: str) -> Path:
-    """Shards of tiles: of some photographs to train on, of others to measure on."""
+    """Shards of tiles: of three quarters of each photograph to train on, of the last to measure on."""
     shards = out / kind
     if not all((shards / name / "index.json").exists() for name in TILES):
         photos, told = photographs()
         print(f"tiles of {told}", flush=True)
-        for name, sources in (("train", photos[:-HELD_OUT]), ("val", photos[-HELD_OUT:])):
+        for name, part in PARTS.items():
             folder = out / f"{kind}-source" / name
             folder.mkdir(parents=True, exist_ok=True)
-            for number, tile_HWC in enumerate(_cut(sources, TILES[name])):
+            for number, tile_HWC in enumerate(_cut(photos, part, TILES[name])):
                 if kind == "colour":
                     Image.fromarray(tile_HWC.round().astype(np.uint8)).save(folder / f"{number:05d}.png")
                 else:
@@ -97,11 +98,14 @@ def _tiles(out: Path, kind: str) -> Path:
     return shards
 
 
-def _cut(photos: list[bytes], count: int) -> Iterator[NDArray[np.float64]]:
+def _cut(photos: list[bytes], part: tuple[float, float], count: int) -> Iterator[NDArray[np.float64]]:
     """Tiles (TILE, TILE, 3) of 0 to 255 at random places: means of REDUCED x REDUCED pixels, so they have more than 8 bits."""
     random = np.random.default_rng(0)
     for number, content in enumerate(photos):
         photo = np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), np.float64)
+        longer = int(np.argmax(photo.shape[:2]))
+        begin, end = (round(share * photo.shape[longer]) for share in part)
+        photo = photo.take(range(begin, end), longer)
         side = TILE * REDUCED
         for _ in range(len(range(number, count, len(photos)))):
             top, left = (random.integers(0, length - side + 1) for length in photo.shape[:2])

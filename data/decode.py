@@ -111,6 +111,11 @@ def channels_of(file: BinaryIO) -> int:
         return 0
 
 
+def is_sixteen_bits(picture: Image.Image) -> bool:
+    """Whether it is grey of 16 bits, which Pillow reads in several modes."""
+    return picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PPM")
+
+
 def jpeg_crop(jpeg: Jpeg, channels: int, box: Box, smallest: int | None = None) -> NDArray[np.uint8]:
     """(h, w, C): what lies in a box, by libjpeg if it can, else by Pillow. Args as in `Jpeg.crop`.
 
@@ -172,9 +177,9 @@ def _bits(picture: Image.Image, content: bytes) -> int:
 
 def _eight_bits(picture: Image.Image, mode: str) -> NDArray[np.uint8]:
     """(H, W, C), in Pillow's mode L or RGB."""
-    sixteen_bits = picture.mode.startswith("I;16") or (picture.mode, picture.format) == ("I", "PPM")
+    sixteen_bits = is_sixteen_bits(picture)
     if picture.mode in ("I", "F") and not sixteen_bits:
-        raise ValueError("32-bit pixels, whose range is not known; convert them to 8 or 16 bits")
+        raise ValueError("32-bit pixels, whose range is not known; convert them to 8 or 16 bits, or pack with --range LOW HIGH")
     if sixteen_bits:  # Pillow's own conversion would clip to 255
         picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
     if picture.mode == "P" and "transparency" in picture.info:

@@ -174,10 +174,14 @@ def test_arrays_of_unknown_range_are_refused_with_the_command_that_would_do(tmp_
     arrays = [deep(i, 4, 4, 2, low=7, high=3001, dtype=dtype) for i in range(6)]
     arrays[0][0, 0, 0], arrays[1][0, 0, 1] = 7, 3000
     source = folder_of(tmp_path / "src", {f"{i}.npy": as_npy(array) for i, array in enumerate(arrays)})
-    with pytest.raises(DataError, match=rf"^arrays of {np.dtype(dtype)} with values from 7 to 3000 \(6 looked at\): .*"
+    with pytest.raises(DataError, match=rf"^images of {np.dtype(dtype)} with values from 7 to 3000 \(6 looked at\): .*"
                        rf"`mimetic pack {source} {tmp_path}/out --range 7 3000`$"):  # fmt: skip
         pack(source, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+    floats = {f"{i}.tiff": encoded(array[..., 0].astype(np.float32), "tiff") for i, array in enumerate(arrays)}
+    folder_of(tmp_path / "tiff", floats)
+    with pytest.raises(DataError, match=rf"^images of float32 .*`mimetic pack {tmp_path}/tiff {tmp_path}/out --range "):
+        pack(tmp_path / "tiff", tmp_path / "out")
     pack(source, tmp_path / "out", range=(7, 3000))
     with pytest.raises(DataError, match=rf"`mimetic index {tmp_path}/out --range 7 3000`"):
         index_tars([tmp_path / "out"], tmp_path / "index")

@@ -181,8 +181,7 @@ class DVAE(nn.Module):
         if self.likelihood == "mse":
             return F.mse_loss(drawn_BCHW, self._standardised(image_BCHW))
         mu_BCHW = drawn_BCHW.float() * self.pixel_std_C11 + self.pixel_mean_C11
-        log_b_BCHW = learned_BCHW.float() + self.log_b_C11
-        log_b_BCHW = torch.logaddexp(log_b_BCHW, log_b_BCHW.new_tensor(LEAST_LOG_B))
+        log_b_BCHW = LEAST_LOG_B + F.softplus(learned_BCHW.float() + self.log_b_C11 - LEAST_LOG_B)  # b is added to the least one
         return negative_log_likelihood(map_pixels(image_BCHW.float()), mu_BCHW, log_b_BCHW).mean()
 
     def _relaxed(self, z_MD: Tensor, temperature: float, generator: torch.Generator | None) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,8 +194,8 @@ class DVAE(nn.Module):
             return self._relaxed_part(z_MD, temperature, generator)
         parts = z_MD.split(max(1, HELD // self.vocab_size))
         code, kl, ids = zip(*(checkpoint(self._relaxed_part, part, temperature, use_reentrant=False) for part in parts), strict=True)
-        shares = [len(part) / len(z_MD) for part in parts]
-        return torch.cat(code), sum((mean * share for mean, share in zip(kl, shares, strict=True)), kl[0].new_zeros(())), torch.cat(ids)
+        shares = [mean * (len(part) / len(z_MD)) for mean, part in zip(kl, parts, strict=True)]
+        return torch.cat(code), torch.stack(shares).sum(), torch.cat(ids)
 
     def _relaxed_part(self, z_MD: Tensor, temperature: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor, Tensor]:
         logits_MV = self.codebook.logits(z_MD)

@@ -42,7 +42,7 @@ class DVAEObjective(Objective):
         self._restart_seed = step if step % self.restart_every == 0 and progress < 0.75 else 0
 
     def forward(self, batch: Mapping[str, Any]) -> StepOutput:
-        """`image` uint8 (B, C, H, W), `valid` bool (B,)."""
+        """`image` (B, C, H, W), uint8 or in [0, 1], `valid` bool (B,)."""
         image_BCHW = in_unit_range(only_valid(batch))
         if self.training and self._restart_seed:
             self._seen = image_BCHW
@@ -79,7 +79,7 @@ def evaluate_tokenizer(dvae: DVAE, batches: Iterable[Mapping[str, Any]], device:
     """Code usage and reconstruction over held-out images, each counted once.
 
     Args:
-        batches: with `image` uint8 (B, C, H, W) and `valid`, on the device.
+        batches: with `image` (B, C, H, W), uint8 or in [0, 1], and `valid`, on the device.
 
     Returns:
         Records `codes_used` (share), `perplexity`, `perplexity_non_blank`, and `reconstruction_psnr` in dB.

@@ -2,10 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from mimetic.data.decode import NPY_MAGIC, is_deep, open_array, open_picture
+from mimetic.data.decode import NPY_MAGIC, is_deep, is_sixteen_bits, open_array, open_picture
 from mimetic.data.packing.items import Item
 from mimetic.data.packing.moments import evenly, how_many_measured
 from mimetic.data.pixelrange import as_typed
@@ -29,7 +31,7 @@ class Depth:
 
 
 def refuse_unknown_range(items: Sequence[Item], command: str, told: Callable[[str], None]) -> None:
-    """Looks at some images before any is packed without a pixel range.
+    """Looks at some images before any is taken without a pixel range.
 
     Args:
         items: of them all.
@@ -37,18 +39,18 @@ def refuse_unknown_range(items: Sequence[Item], command: str, told: Callable[[st
         told: takes a line for the user where 16-bit pictures are going to be cut to 8 bits.
 
     Raises:
-        DataError: most images are arrays of more than 8 bits; the line names their values and the range that would do. A few are no
-            reason: they are rejected as they are packed.
+        DataError: most images are arrays of more than 8 bits or pictures of 32; the line names their values and the range that would
+            do. A few are no reason: they are rejected as they are packed.
     """
-    arrays, pictures = _looked_at(items)
-    if arrays and 2 * arrays.images > arrays.of:
-        raise DataError(f"arrays {arrays}: say which values become 0 and 1, `{command} --range {_range_of(arrays)}`")
-    if pictures:
-        told(f"pictures {pictures} are cut to 8 bits; `{command} --range {_range_of(pictures)}` keeps them all")
+    unknown, sixteen_bits = _looked_at(items)
+    if unknown and 2 * unknown.images > unknown.of:
+        raise DataError(f"images {unknown}: say which values become 0 and 1, `{command} --range {_range_of(unknown)}`")
+    if sixteen_bits:
+        told(f"pictures {sixteen_bits} are cut to 8 bits; `{command} --range {_range_of(sixteen_bits)}` keeps them all")
 
 
 def _looked_at(items: Sequence[Item]) -> tuple[Depth | None, Depth | None]:
-    """Arrays and pictures of more than 8 bits, None where there are none."""
+    """Images that need a range and pictures of 16 bits, None where there are none."""
     may_be = [item for item in items if item.extension.lower() in MAY_BE_DEEP and item.pixels_HW is None]
     found: dict[bool, Depth] = {}
     places = evenly(len(may_be), how_many_measured(len(may_be), sum(item.size for item in may_be))).tolist()
@@ -58,16 +60,22 @@ def _looked_at(items: Sequence[Item]) -> tuple[Depth | None, Depth | None]:
             with may_be[place].open() as file:
                 if not is_deep(file):
                     continue
-            content = may_be[place].read()
-            is_array = content.startswith(NPY_MAGIC)
-            raw = open_array(content) if is_array else np.asarray(open_picture(content))
+            raw, needs_range = _read(may_be[place].read())
         except (OSError, ValueError):  # told when it is packed
             continue
         if (finite := raw[np.isfinite(raw)]).size:
-            depth = found.setdefault(is_array, Depth(raw.dtype.name, of))
+            depth = found.setdefault(needs_range, Depth(raw.dtype.name, of))
             depth.images += 1
             depth.low, depth.high = min(depth.low, float(finite.min())), max(depth.high, float(finite.max()))
     return found.get(True), found.get(False)
+
+
+def _read(content: bytes) -> tuple[NDArray[Any], bool]:
+    """An image's own numbers, and whether they need a range: pictures of 16 bits are cut to 8 without one."""
+    if content.startswith(NPY_MAGIC):
+        return open_array(content), True
+    picture = open_picture(content)
+    return np.asarray(picture), not is_sixteen_bits(picture)
 
 
 def _range_of(depth: Depth) -> str:
