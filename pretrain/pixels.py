@@ -47,7 +47,10 @@ class PixelModeling(Objective, ABC):
 
     @torch.no_grad()
     def pictures(self, batch: Mapping[str, Any]) -> np.ndarray:
-        """Rows: image, what the encoder sees, the same with predicted pixels in the hidden places."""
+        """Rows: image, what the encoder sees, the same with predicted pixels in the hidden places.
+
+        Targets that are normalised by their own mean and deviation are put back with those: what is painted has the true brightness.
+        """
         image_BCHW, hidden_BPQ = batch["image"][:SHOWN], batch["hidden"][:SHOWN]
         was_training = self.training
         self.eval()

@@ -15,6 +15,7 @@ from mimetic.report.wording import percent, plain, seconds, slug, whole
 
 PRETRAIN_ROWS = ("image", "what the encoder sees (grey is hidden)", "its tokens, decoded", "tokens predicted at hidden cells, decoded")
 PIXEL_ROWS = ("image", "what the encoder sees (grey is hidden)", "pixels predicted at hidden places")
+NORMALISED_ROWS = (*PIXEL_ROWS[:2], f"{PIXEL_ROWS[2]} (around the image's own means, within its own deviations: normalised targets)")
 # What each way of pretraining is punished for, by the section of its recipe: losses of different ways share no picture.
 PRETRAIN_LOSSES = {
     "tokenizer": ("pretrain-loss", "cross entropy over hidden cells (nats)"),
@@ -75,7 +76,7 @@ def pretrain(runs: Sequence[RunFolder]) -> Section:
           for section, (name, label) in PRETRAIN_LOSSES.items()),
         _metric_curves(runs, members, "pretrain-codes", "predicted_codes_used", "different codes predicted"),
         _metric_curves(runs, members, "pretrain-perplexity", "predicted_codes_perplexity", "perplexity of predicted codes"),
-        *(_picture(run, PRETRAIN_ROWS if "tokenizer" in run.config else PIXEL_ROWS, "Masked image modeling") for run in members),
+        *(_picture(run, _pretrain_rows(run), "Masked image modeling") for run in members),
     ]
     text = ["The numbers are of training, from the last line of the log; what the features are worth shows in fine-tuning."]
     tables = [Table("Where pretraining stands", columns, rows)] if rows else []
@@ -131,6 +132,12 @@ def _evaluations(runs: Sequence[RunFolder], arms: Sequence[RunFolder], metric: s
     ends = ", ".join(f"{line.label} ends at {percent(line.ys[-1])}" for line in series)
     return Figure(f"classify-{slug(metric)}.png", plots.curves(plain(metric), series, share=True),
                   f"{plain(metric).capitalize()} against images seen: {ends}")  # fmt: skip
+
+
+def _pretrain_rows(run: RunFolder) -> tuple[str, ...]:
+    if run.setting("simmim.norm_target") or run.setting("mae.norm_pix_loss"):
+        return NORMALISED_ROWS
+    return PIXEL_ROWS if run.config.keys() & {"simmim", "mae"} else PRETRAIN_ROWS
 
 
 def _pretrain_row(run: RunFolder) -> tuple[str, ...]:

@@ -19,11 +19,11 @@ from scipy.stats import binomtest, ttest_ind
 
 from mimetic.engine.config import flatten
 from mimetic.engine.errors import CheckpointError, DataError, MimeticError, SettingError
+from mimetic.report import plots
 from mimetic.report.compare import build_page, compare
 from mimetic.report.headline import headline
 from mimetic.report.intervals import difference, mean_difference, wilson
 from mimetic.report.page import escape_markdown
-from mimetic.report.plots import intervals
 from mimetic.report.runs import read_runs
 
 NASTY = '<b>"A & B"</b> | *x* `y` $z$ _w_ {{ 1 }}'
@@ -91,6 +91,12 @@ def pretraining(folder: Path, tokenizer_path: Path) -> Path:
     config = {"tokenizer": {"path": str(tokenizer_path)}, "mask": {"count": 20}, "seed": 0}
     metrics = log(loss=(5, 2.5), masked_accuracy=(0.0, 0.41), predicted_codes_used=(1, 5), predicted_codes_perplexity=(1, 3))
     return write_run(folder, config, kind="pretrain", records=[], metrics=metrics, picture=(64, 32))
+
+
+def on_pixels(folder: Path, section: str, **settings: Any) -> Path:
+    """A SimMIM or MAE pretraining, without records."""
+    config = {section: settings, "backbone": BACKBONE, "seed": 0}
+    return write_run(folder, config, kind="pretrain", records=[], metrics=log(loss=(0.9, 0.3)), picture=(64, 32))
 
 
 def told(runs: list[Path]) -> list[str]:
@@ -262,7 +268,7 @@ def test_groups_of_one_name_list_their_runs(tmp_path: Path) -> None:
 
 def test_pictures_keep_what_tells_long_names_apart() -> None:
     rows = [[(f"fine-tuned from the pretrained backbone ({name})", 0.5, None, 0)] for name in ("h1", "h2")]
-    assert intervals("accuracy", rows[0]) != intervals("accuracy", rows[1])
+    assert plots.intervals("accuracy", rows[0]) != plots.intervals("accuracy", rows[1])
 
 
 def test_the_recipe_outweighs_the_name(tmp_path: Path) -> None:
@@ -273,6 +279,29 @@ def test_the_recipe_outweighs_the_name(tmp_path: Path) -> None:
 def test_headline_without_arms(tmp_path: Path) -> None:
     page = build_page(read_runs([tokenizer(tmp_path / "t"), pretraining(tmp_path / "p", tmp_path / "t")]))
     assert page.headline == ["t uses 37.5 % of its 8 codes.", "p predicts 41.0 % of the hidden tokens rightly after 640 images."]
+
+
+def test_pretrainings_on_pixels_claim_no_tokens(tmp_path: Path) -> None:
+    plain, normalised = on_pixels(tmp_path / "simmim", "simmim", unit=32), on_pixels(tmp_path / "mae", "mae", norm_pix_loss=True)
+    compare([plain, normalised], tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    assert "No run has a test accuracy yet." in text
+    assert "Mean absolute error of hidden pixels (simmim) against images seen: simmim ends at 0.3" in text
+    assert "Mean squared error of hidden pixels (mae) against images seen: mae ends at 0.3" in text
+    assert not [word for word in ("nats", "tokens predicted", "decoded", "predicts one and the same code") if word in text]
+    assert "Rows from the top: image; what the encoder sees (grey is hidden); pixels predicted at hidden places.\n" in text
+    assert "pixels predicted at hidden places (around the image's own means" in text
+    for name in ("simmim", "mae"):
+        assert f"accelerate launch pretrain/{name}.py --config {tmp_path / name}/config.yaml" in text
+
+
+def test_the_commonest_code_is_told_beside_pretrainings_on_pixels_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = []
+    own = plots.curves
+    monkeypatch.setattr(plots, "curves", lambda *given, **named: levels.append(named.get("level")) or own(*given, **named))
+    runs = [tokenizer(tmp_path / "t"), pretraining(tmp_path / "beit", tmp_path / "t"), on_pixels(tmp_path / "mae", "mae")]
+    compare(runs, tmp_path / "out")
+    assert [level for level in levels if level] == [("always the code commonest on held-out images", 0.7)]
 
 
 def test_page_is_one_file(everything: Path) -> None:
