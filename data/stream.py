@@ -69,8 +69,8 @@ class ShardStream:
     def __init__(
         self, source: Index | Mixture, batch_size: int, *, rank: int = 0, world: int = 1, workers: int = 0, seed: int = 0, epoch: int = 0,
         shuffle: bool = True, tail: str = "pad", subset: NDArray[np.int64] | None = None,
-        transform: Transform | PlacedTransform | None = None, canonical_streams: int = CANONICAL_STREAMS, shuffle_block: int = SHUFFLE_BLOCK,
-        accumulate: int = 1,
+        transform: Transform | PlacedTransform | None = None, canonical_streams: int = CANONICAL_STREAMS,
+        shuffle_block: int = SHUFFLE_BLOCK, accumulate: int = 1,
     ) -> None:  # fmt: skip
         if tail not in ("pad", "drop"):
             raise SettingError(f"tail is {tail!r}; it must be pad or drop")

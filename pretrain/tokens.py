@@ -64,10 +64,11 @@ def cache_tokens(tokenizer: str, shards: str, out: Path, *, views: int, config: 
     contents = writer.write(views)
     files = [file for part in contents.parts for file in part.files.values()]
     size = sum(file.bytes for file in files)
-    notes = [f"{writer.bad} images do not decode, training passes them over"] if writer.bad else []
+    notes = [f"{len(files)} files, {size / 1e6:,.1f} MB"]
+    notes += [f"{writer.bad} images do not decode, training passes them over"] if writer.bad else []
     notes += ["other processes may still be writing theirs"] if world > 1 else []
     if rank == 0:
-        print(f"{contents.views} views of {len(index):,} images in {out}: {'; '.join([f'{len(files)} files, {size / 1e6:,.1f} MB', *notes])}\n"
+        print(f"{contents.views} views of {len(index):,} images in {out}: {'; '.join(notes)}\n"
               f"next: pretrain/beit.py --config {config} --tokenizer.path {tokenizer} --data.index {shards} --tokenizer.cache {out}; "
               f"{contents.views} epochs see each view once")  # fmt: skip
 
