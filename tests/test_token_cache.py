@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import multiprocessing
 import shutil
 from pathlib import Path
 
@@ -263,6 +264,7 @@ def test_damage_is_named_when_it_is_read_and_mended_by_the_same_command(world, t
     file.write_bytes(content)
     with pytest.raises(DataError, match=rf"{file}: the tokens of \S+ are damaged; give the same `mimetic tokens` again"):
         batches_of(world, 2 * (SAMPLES // BATCH), *cached(tmp_path), workers=1)
+    assert not multiprocessing.active_children()  # they heed no signal, and would be waited for at the program's end
     file.write_bytes(bytes(content[:-512]))
     with pytest.raises(DataError, match=rf"{file} has \d+ bytes, tokens.json says \d+"):
         batches_of(world, 1, *cached(tmp_path))
