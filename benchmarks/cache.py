@@ -104,7 +104,7 @@ def main() -> None:
         index, tokenizer = open_index(folder / "shards"), DallE().eval().requires_grad_(False)
         views = PretrainViews(224, 112, Augmentation(jitter=0.4), BlockMasks((14, 14), HIDDEN))
         terms, began = terms_of(views, index, "random", 0), time.perf_counter()
-        CacheWriter(folder / "tokens", index, views, tokenizer, CPU, terms, batch_size=given.batch).write(VIEWS)
+        CacheWriter(folder / "tokens", index, views, tokenizer, CPU, terms, count=VIEWS, batch_size=given.batch).write()
         spent = time.perf_counter() - began
         cached = CachedViews(open_cache(folder / "tokens", index, terms), views)
         steps = {name: training(index, seen, tokenizer, given.batch)[0] for name, seen in (("cached", cached), ("online", views))}

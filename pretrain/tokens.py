@@ -60,8 +60,8 @@ def cache_tokens(tokenizer: str, shards: str, out: Path, *, views: int, config: 
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), _device()
     writer = CacheWriter(out, index, training, frozen(objective.tokenizer, device)[0], device,
                          terms_of(training, index, tokenizer_hash(tokenizer), recipe.seed),
-                         batch_size=batch_size or recipe.data.batch_size, workers=workers, rank=rank, world=world)  # fmt: skip
-    contents = writer.write(views)
+                         count=views, batch_size=batch_size or recipe.data.batch_size, workers=workers, rank=rank, world=world)  # fmt: skip
+    contents = writer.write()
     files = [file for part in contents.parts for file in part.files.values()]
     size = sum(file.bytes for file in files)
     notes = [f"{len(files)} files, {size / 1e6:,.1f} MB"]

@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -235,6 +236,8 @@ def test_a_job_that_was_killed_goes_on_and_ends_with_the_same_bytes(world, tmp_p
             make(world, tmp_path / "tokens")
     with pytest.raises(DataError, match="holds views 0 to 1 of 2 of 4 shards; give the same `mimetic tokens` again"):
         batches_of(world, 1, *cached(tmp_path))
+    with pytest.raises(SettingError, match="was begun with 2 views, and is not complete; --views is 1: give 2 or more"):
+        make(world, tmp_path / "tokens", 1)
     encoded_now = []
     monkeypatch.setattr(caching.CacheWriter, "_keep", lambda self, task, rows, keep=caching.CacheWriter._keep:
                         (encoded_now.append(task.name), keep(self, task, rows)))  # fmt: skip
@@ -243,6 +246,16 @@ def test_a_job_that_was_killed_goes_on_and_ends_with_the_same_bytes(world, tmp_p
     assert not set(written) & set(encoded_now)
     assert len(encoded_now) == 2
     assert not list((tmp_path / "tokens").glob(".tokens-*"))
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(world, tmp_path, monkeypatch):
+    with monkeypatch.context() as patched:
+        patched.setattr(caching.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1e5))
+        with pytest.raises(DataError, match=r"the tokens take \d MiB, the disk has 0 MiB left; free some space, or give fewer --views"):
+            make(world, tmp_path / "tokens", 100)
+    assert not contents_of(tmp_path / "tokens")
+    make(world, tmp_path / "tokens")
+    assert contents_of(tmp_path / "tokens") == contents_of(world / "tokens")
 
 
 def test_processes_of_a_launcher_share_the_shards(world, tmp_path, monkeypatch):
