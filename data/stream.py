@@ -70,8 +70,8 @@ class ShardStream:
     def __init__(
         self, source: Index | Mixture, batch_size: int, *, rank: int = 0, world: int = 1, workers: int = 0, seed: int = 0, epoch: int = 0,
         shuffle: bool = True, tail: str = "pad", subset: NDArray[np.int64] | None = None,
-        transform: Transform | PlacedTransform | None = None, canonical_streams: int = CANONICAL_STREAMS, shuffle_block: int = SHUFFLE_BLOCK,
-        accumulate: int = 1,
+        transform: Transform | PlacedTransform | None = None, canonical_streams: int = CANONICAL_STREAMS,
+        shuffle_block: int = SHUFFLE_BLOCK, accumulate: int = 1,
     ) -> None:  # fmt: skip
         if tail not in ("pad", "drop"):
             raise SettingError(f"tail is {tail!r}; it must be pad or drop")
@@ -111,13 +111,16 @@ class ShardStream:
             worker_init_fn=_start_worker, generator=torch.Generator(),  # else it draws from the global one, and resuming draws again
         )  # fmt: skip
         batches = iter(loader)  # before the threads of the read-ahead: workers are forked
-        with read_ahead(self._source, self.plan, self._step, stop) as ahead:
-            for batch in batches:
-                if isinstance(batch, MimeticError):
-                    raise batch
-                self._step += 1  # handed out, not prefetched
-                ahead.reached(self._step)
-                yield batch
+        try:
+            with read_ahead(self._source, self.plan, self._step, stop) as ahead:
+                for batch in batches:
+                    if isinstance(batch, MimeticError):
+                        raise batch
+                    self._step += 1  # handed out, not prefetched
+                    ahead.reached(self._step)
+                    yield batch
+        finally:
+            del batches  # an error keeps this frame alive, and the workers with it: the program would wait for them at its end
 
     def state_dict(self) -> dict[str, Any]:
         """The position, as samples handed out to all ranks, and what fixes the order."""

@@ -60,14 +60,15 @@ def cache_tokens(tokenizer: str, shards: str, out: Path, *, views: int, config: 
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), _device()
     writer = CacheWriter(out, index, training, frozen(objective.tokenizer, device)[0], device,
                          terms_of(training, index, tokenizer_hash(tokenizer), recipe.tokenizer.precision, recipe.seed),
-                         batch_size=batch_size or recipe.data.batch_size, workers=workers, rank=rank, world=world)  # fmt: skip
-    contents = writer.write(views)
+                         count=views, batch_size=batch_size or recipe.data.batch_size, workers=workers, rank=rank, world=world)  # fmt: skip
+    contents = writer.write()
     files = [file for part in contents.parts for file in part.files.values()]
     size = sum(file.bytes for file in files)
-    notes = [f"{writer.bad} images do not decode, training passes them over"] if writer.bad else []
+    notes = [f"{len(files)} files, {size / 1e6:,.1f} MB"]
+    notes += [f"{writer.bad} images do not decode, training passes them over"] if writer.bad else []
     notes += ["other processes may still be writing theirs"] if world > 1 else []
     if rank == 0:
-        print(f"{contents.views} views of {len(index):,} images in {out}: {'; '.join([f'{len(files)} files, {size / 1e6:,.1f} MB', *notes])}\n"
+        print(f"{contents.views} views of {len(index):,} images in {out}: {'; '.join(notes)}\n"
               f"next: pretrain/beit.py --config {config} --tokenizer.path {tokenizer} --data.index {shards} --tokenizer.cache {out}; "
               f"{contents.views} epochs see each view once")  # fmt: skip
 

@@ -21,13 +21,13 @@ import torch
 from numpy.typing import NDArray
 
 from mimetic.data.index import Index
-from mimetic.data.packing.workers import Teller
+from mimetic.data.packing.workers import TELL_EVERY
 from mimetic.data.picture import Picture, in_unit_range
 from mimetic.data.stream import ShardStream
 from mimetic.data.views import PretrainViews
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import DataError, SettingError, disk_is_full
-from mimetic.engine.words import duration
+from mimetic.engine.words import duration, memory
 from mimetic.tokenizers.contract import ImageTokenizer
 from mimetic.tokenizers.token_cache import CONTENTS, Contents, File, Part, Terms, check_terms, read_contents
 from mimetic.tokenizers.token_tar import layout_of, row_type, tar_of
@@ -59,6 +59,7 @@ class CacheWriter:
         tokenizer: on the device where it is to run.
         device: that one.
         terms: as `terms_of` has them; their seed is the training's.
+        count: views that each image shall have.
         batch_size: images that the tokenizer gets at a time.
         workers: processes that decode.
         rank: this process's number, of those that share the work.
@@ -70,58 +71,59 @@ class CacheWriter:
 
     def __init__(
         self, folder: Path, index: Index, views: PretrainViews, tokenizer: ImageTokenizer, device: torch.device, terms: Terms, *,
-        batch_size: int, workers: int = 0, rank: int = 0, world: int = 1,
+        count: int, batch_size: int, workers: int = 0, rank: int = 0, world: int = 1,
     ) -> None:  # fmt: skip
         if tokenizer.vocab_size > LARGEST_VOCABULARY:
             raise SettingError(f"the tokenizer has {tokenizer.vocab_size} codes, a cache of 16-bit ids holds {LARGEST_VOCABULARY}; "
                                "train with this tokenizer without tokenizer.cache")  # fmt: skip
         self.folder, self.index, self.views, self.tokenizer, self.device = folder, index, views, tokenizer, device
-        self.terms, self.batch_size, self.workers, self.rank, self.world = terms, batch_size, workers, rank, world
-        self.row = row_type((views.target_size // tokenizer.stride,) * 2)
+        self.terms, self.count, self.batch_size, self.workers, self.rank, self.world = terms, count, batch_size, workers, rank, world
+        side = views.target_size // tokenizer.stride
+        self.grid, self.row = (side, side), row_type((side, side))
+        self.shards: list[int] = np.flatnonzero(np.diff(index.starts)).tolist()  # those that hold any image
         self.bad = 0
 
-    def write(self, views: int) -> Contents:
-        """Sees to it that each image has at least so many views; returns what there is then."""
+    def write(self) -> Contents:
+        """Sees to it that each image has at least `count` views; returns what there is then."""
         with _alone(self.folder, self.rank):
-            tasks = self._tasks(self._begun(views))
+            with self._agreed() as contents:
+                tasks = self._tasks(contents)
             if tasks:
                 self._tell(tasks)
-            teller, images = Teller(), sum(map(self._images, tasks))
-            done = 0
+            with self._agreed() as contents:
+                contents.write(self.folder)
+            progress = _Progress(sum(map(self._images, tasks)))
             for task in tasks:
                 rows_NV = np.zeros((self._samples(task), task.last - task.first), self.row)
                 for more in self._fill(task, rows_NV):
-                    done += more
-                    teller(done, done * self.row.itemsize, images, images * self.row.itemsize)
+                    progress.add(more)
                 self._keep(task, rows_NV)
             return read_contents(self.folder)
 
-    def _begun(self, views: int) -> Contents:
-        """`tokens.json`, with a range for the views that are to come."""
-        with self._agreed() as contents:
-            if contents.views < views:
-                contents.parts.append(Part(contents.views, views, {}))
-                contents.write(self.folder)
-            return contents
-
     @contextmanager
     def _agreed(self) -> Iterator[Contents]:
-        """What is in the folder, for this process alone to change."""
+        """What is in the folder, with a range for the views that are to come, for this process alone to change.
+
+        Raises:
+            SettingError: it was made with other terms, or begun with more views.
+        """
         with (self.folder / ".lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if (self.folder / CONTENTS).exists():
-                contents = read_contents(self.folder)
-                check_terms(self.folder, contents.terms, self.terms)
-            else:
-                rows, columns = self.row["ids"].shape
-                contents = Contents(self.terms, (rows, columns), [])
+            contents = read_contents(self.folder) if (self.folder / CONTENTS).exists() else Contents(self.terms, self.grid, [])
+            check_terms(self.folder, contents.terms, self.terms)
+            if contents.parts and not contents.parts[-1].files:
+                contents.parts.pop()  # begun, and nothing of it written: it may as well be another number
+            if contents.views > self.count and len(contents.parts[-1].files) < len(self.shards):
+                raise SettingError(f"{self.folder} was begun with {contents.views} views, and is not complete; --views is {self.count}: "
+                                   f"give {contents.views} or more, or another folder")  # fmt: skip
+            if contents.views < self.count:
+                contents.parts.append(Part(contents.views, self.count, {}))
             yield contents
 
     def _tasks(self, contents: Contents) -> list[Task]:
         """Files of this process's shards that are not there, or not what was written."""
-        shards = np.flatnonzero(np.diff(self.index.starts))[self.rank :: self.world].tolist()
         tasks = [(part.files.get(shard), Task(number, part.first, part.last, shard))
-                 for number, part in enumerate(contents.parts) for shard in shards]  # fmt: skip
+                 for number, part in enumerate(contents.parts) for shard in self.shards[self.rank :: self.world]]  # fmt: skip
         return [task for file, task in tasks if file is None or not self._is_whole(file)]
 
     def _is_whole(self, file: File) -> bool:
@@ -160,7 +162,7 @@ class CacheWriter:
         size = sum(self._samples(task) * layout_of(self._keys(task), task.last - task.first, self.row).record for task in tasks)
         free = shutil.disk_usage(self.folder).free
         if size > free:
-            raise DataError(f"{self.folder}: the tokens take {size / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} GB left; free some "
+            raise DataError(f"{self.folder}: the tokens take {memory(size)}, the disk has {memory(free)} left; free some "
                             "space, or give fewer --views")  # fmt: skip
         shared = f", the share of process {self.rank} of {self.world}" if self.world > 1 else ""
         print(f"tokens of {sum(map(self._images, tasks)):,} views in {len(tasks)} files, {size / 1e6:,.1f} MB{shared}; a batch of "
@@ -207,6 +209,22 @@ class CacheWriter:
             if disk_is_full(error):
                 raise DataError(f"{self.folder}: the disk is full; free some space and give the same command: it goes on") from None
             raise
+
+
+class _Progress:
+    """Prints every few seconds how far the work is."""
+
+    def __init__(self, views: int) -> None:
+        self.views, self.done, self.began = views, 0, time.perf_counter()
+        self.told = self.began
+
+    def add(self, views: int) -> None:
+        """Views that are done."""
+        self.done, now = self.done + views, time.perf_counter()
+        if now - self.told > TELL_EVERY:
+            self.told, rate = now, self.done / (now - self.began)
+            left = duration((self.views - self.done) / rate)
+            print(f"{self.done:,}/{self.views:,} views  {rate:,.1f} views/s  {left} left", flush=True)
 
 
 class _Kept:

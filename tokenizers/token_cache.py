@@ -93,7 +93,8 @@ def read_contents(folder: Path) -> Contents:
         told = json.loads((folder / CONTENTS).read_text())
         if told["version"] != VERSION:
             raise DataError(f"{folder / CONTENTS} has version {told['version']}, this program reads version {VERSION}; make it anew")
-        parts = [Part(*map(int, part["views"]), {int(n): File(**file) for n, file in part["files"].items()}) for part in told["parts"]]
+        parts = [Part(int(part["views"][0]), int(part["views"][1]), {int(n): File(**file) for n, file in part["files"].items()})
+                 for part in told["parts"]]  # fmt: skip
         if [part.first for part in parts] != [0, *(part.last for part in parts)][: len(parts)]:
             raise ValueError("views are missing between its parts")
         rows, columns = map(int, told["grid"])

@@ -58,7 +58,7 @@ def tar_of(keys_N: NDArray[np.bytes_], rows_NV: NDArray[Any], layout: Layout) ->
     """The whole tar; the rows get their CRC-32."""
     npy, itemsize = _npy_header(rows_NV.shape[1], rows_NV.dtype), rows_NV.dtype.itemsize
     bytes_MR = rows_NV.view(np.uint8).reshape(rows_NV.size, itemsize)
-    rows_NV["crc"] = np.array([zlib.crc32(row[:-4]) for row in bytes_MR], np.uint32).reshape(rows_NV.shape)
+    rows_NV["crc"] = np.array([zlib.crc32(row[:-4].data) for row in bytes_MR], np.uint32).reshape(rows_NV.shape)
     size = len(npy) + rows_NV.shape[1] * itemsize
     members = [(_tar_header(key + MEMBER, size, layout.header) + npy + rows_V.tobytes()).ljust(layout.record, b"\0")
                for key, rows_V in zip(keys_N.tolist(), rows_NV, strict=True)]  # fmt: skip
