@@ -11,7 +11,7 @@ from mimetic.pretrain.recipe import TokenizerSettings
 from mimetic.tokenizers.doctor import collect, measure
 from mimetic.tokenizers.examination import reference_in
 from mimetic.tokenizers.files import provenance_of
-from mimetic.tokenizers.verdict import COLLAPSED, judge, too_little
+from mimetic.tokenizers.verdict import COLLAPSED, HEALTHY, judge, too_little
 
 if TYPE_CHECKING:
     from mimetic.data.stream import ShardStream
@@ -54,6 +54,6 @@ def _look(tokenizer: Any, settings: TokenizerSettings, images: "ShardStream", de
         return f"tokenizer {settings.path}: not judged ({reason})", ""
     figures = measure(tokenizer, seen, shifts=False)
     verdict = judge(figures, reference_in(provenance_of(settings.path), settings.path))
-    used = (f"tokenizer {settings.path}: {figures.codes_used:,} of {figures.vocab_size:,} codes in use on {figures.images} images, perplexity "
-            f"{figures.perplexity:.3g}: {verdict.word}")  # fmt: skip
-    return used if verdict.word == "healthy" else f"{used} ({verdict.reasons[0]})", verdict.word
+    used = (f"tokenizer {settings.path}: {figures.codes_used:,} of {figures.vocab_size:,} codes in use on {figures.images} images, "
+            f"perplexity {figures.perplexity:.3g}: {verdict.word}")  # fmt: skip
+    return used if verdict.word == HEALTHY else f"{used} ({'; '.join(verdict.reasons)})", verdict.word

@@ -121,11 +121,14 @@ def collect(tokenizer: ImageTokenizer, batches: Iterable[Tensor], keep: int = KE
     Raises:
         SettingError: images that the tokenizer does not take.
     """
-    ids, blank, kept, moments = [], [], [], torch.zeros(3, 1, dtype=torch.float64)
+    ids: list[Tensor] = []
+    blank: list[Tensor] = []
+    kept: list[Tensor] = []
+    moments = torch.zeros(3, 1, dtype=torch.float64)
     for image_BCHW in batches:
         ids.append(tokenizer.encode(image_BCHW))
         blank.append(blank_cells(image_BCHW, tokenizer.stride))
-        room = min(keep, KEPT_VALUES // image_BCHW[0].numel()) - sum(map(len, kept))
+        room = min(keep, KEPT_VALUES // image_BCHW[0].numel()) - sum(len(images) for images in kept)
         kept.append(image_BCHW[: max(0, room)])
         pixels_CM = rearrange(image_BCHW, "B C H W -> C (B H W)").double()
         sums = [torch.full_like(pixels_CM[:, 0], pixels_CM.shape[1]), pixels_CM.sum(1), pixels_CM.square().sum(1)]
@@ -167,8 +170,9 @@ def measure(tokenizer: ImageTokenizer, seen: Specimens, *, shifts: bool = True) 
         beside=beside.excess, beside_shuffled=beside.shuffled, below=below.excess, below_shuffled=below.shuffled,
         guess_alone=guess.alone, guess_surrounded=guess.surrounded, guessable=guess.share,
         stays={name: kept for name, (kept, _) in stays.items()}, stays_by_chance={name: chance for name, (_, chance) in stays.items()},
-        mse=own and own.mse, psnr=own and -10 * math.log10(max(own.mse, 1e-12)), explained=own and own.explained,
-        detail=own and own.detail, yardstick_codes=codes, yardstick_explained=yardstick.explained, yardstick_detail=yardstick.detail,
+        mse=own.mse if own else None, psnr=-10 * math.log10(max(own.mse, 1e-12)) if own else None,
+        explained=own.explained if own else None, detail=own.detail if own else None,
+        yardstick_codes=codes, yardstick_explained=yardstick.explained, yardstick_detail=yardstick.detail,
         pixel_mean=seen.pixel_mean, pixel_std=seen.pixel_std,
     )  # fmt: skip
 

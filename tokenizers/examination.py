@@ -1,6 +1,7 @@
 """`mimetic doctor`: examines a tokenizer on shards of images and says whether it is fit to teach a network there."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -45,15 +46,18 @@ def examine(path: str, shards: str, out: Path | None = None, images: int = 512, 
     Raises:
         CheckpointError: no tokenizer there.
         DataError: no shards there, or images on which nothing can be said.
-        SettingError: images of other channels, or a size that is no whole number of cells.
+        SettingError: images of other channels, a size that is no whole number of cells, or a place that cannot be written.
     """
     if images < 2:
         raise SettingError(f"--images {images}: a tokenizer is judged on two images or more; give some hundred")
+    for folder in (out, to_json and to_json.parent):
+        if folder:
+            refuse_unwritable(folder)
     tokenizer, index = open_tokenizer(path), open_set(shards)
     provenance, stride = provenance_of(path), tokenizer.stride
     if tokenizer.in_channels != index.channels:
         raise SettingError(f"the tokenizer {path} reads images of {tokenizer.in_channels} channels, those of {shards} have "
-                           f"{index.channels}; pack them with --channels {tokenizer.in_channels}, or train a tokenizer on them")  # fmt: skip
+                           f"{index.channels}; pack them with --channels {tokenizer.in_channels}, or train one on them")  # fmt: skip
     size = image_size or provenance.get("image_size") or fitting_size(index, stride)
     if size % stride or size < 1:
         raise SettingError(f"--image-size {size} is no multiple of the tokenizer's stride {stride}; use {max(1, size // stride) * stride}")
@@ -78,9 +82,9 @@ def examine(path: str, shards: str, out: Path | None = None, images: int = 512, 
         "data": {"index": shards, "fingerprint": index.fingerprint, "samples": len(index), "image_size": size},
         "verdict": asdict(verdict), "figures": asdict(figures), "reference": reference, "thresholds": THRESHOLDS,
     }, indent=1) + "\n"  # fmt: skip
-    if to_json:
+    if to_json is not None:
         write_all(to_json.parent, {to_json.name: content})
-    if out:
+    if out is not None:
         pictures = draw(tokenizer, seen, figures)
         write_all(out, {"doctor.json": content, "doctor.md": page(title, figures, reference, told, list(pictures))} | pictures)
         print(f"pictures and figures: {out}/doctor.md, {out}/doctor.json", flush=True)
@@ -99,10 +103,9 @@ def read_images(index: Index | Mixture, images: int, size: int, device: torch.de
     started = told = time.perf_counter()
     done, bad = 0, 0
     for batch in stream.run(-(-images // stream.global_batch)):
-        valid_B = batch["valid"]
-        valid_B[images - done :] = False
-        yield in_unit_range(batch["image"][valid_B].to(device))
-        done, bad = done + len(valid_B), bad + len(batch["bad"])
+        image_BCHW = batch["image"][batch["valid"]][: images - done]
+        yield in_unit_range(image_BCHW.to(device))
+        done, bad = done + len(image_BCHW), bad + len(batch["bad"])
         if (now := time.perf_counter()) - told > TELL_EVERY and done < images:
             told, rate = now, done / (now - started)
             print(f"{done:,}/{images:,} images  {rate:.3g} images/s  {duration((images - done) / rate)} left", flush=True)
@@ -129,15 +132,15 @@ def reference_figures(tokenizer: ImageTokenizer, index: Index | Mixture, size: i
     return None if too_little(seen) else reference_of(measure(tokenizer, seen, shifts=False))
 
 
-def write_all(folder: Path, files: dict[str, str | bytes]) -> None:
-    """Writes files into a folder, each whole or not at all.
+def refuse_unwritable(folder: Path) -> None:
+    """Raises SettingError if a folder cannot be written, or made: before the long work."""
+    nearest = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise SettingError(f"{folder}: {nearest} is no folder that can be written; give another one")
 
-    Raises:
-        SettingError: the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_atomically(folder / name, content)
-    except OSError as error:
-        raise SettingError(f"{folder} cannot be written ({error.strerror or error}); give another folder") from None
+
+def write_all(folder: Path, files: dict[str, str | bytes]) -> None:
+    """Writes files into a folder, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(folder / name, content)

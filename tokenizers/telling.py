@@ -21,8 +21,8 @@ def findings(f: Figures, reference: Mapping[str, Any] | None) -> list[tuple[str,
     """Return (what, found), one for each line of the report."""
     collapsed, coarse = limit.limits(f.vocab_size, f.non_blank)
     lines = [
-        ("codes", f"{f.codes_used:,} of {f.vocab_size:,} occur, the ten most frequent in {f.top10:.1%} of {f.cells:,} cells, the first alone in "
-                  f"{f.top1:.1%}, and in {f.top1_non_blank:.1%} of those that are not blank (collapsed above {limit.COLLAPSED_TOP:.0%})"),
+        ("codes", f"{f.codes_used:,} of {f.vocab_size:,} occur, the ten most frequent in {f.top10:.1%} of {f.cells:,} cells, the first in "
+                  f"{f.top1:.1%} and in {f.top1_non_blank:.1%} of those that are not blank (collapsed above {limit.COLLAPSED_TOP:.0%})"),
         ("perplexity", f"{f.perplexity:.1f}; {f.perplexity_non_blank:.1f} over the {f.non_blank / f.cells:.0%} of cells that are not blank "
                        f"(collapsed below {collapsed:.3g}, coarse below {coarse:.3g}{_before(reference, 'perplexity_non_blank', '.1f')})"),
         ("places", f"{f.entropy:.2f} bits a token, of which its place tells {f.position_information:.2f} (blind above "
