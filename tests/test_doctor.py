@@ -157,12 +157,12 @@ def test_guessing_is_what_it_says():
 
 def test_tokens_of_cells_alone_move_along_with_their_cells():
     image_KCHW = torch.from_numpy(structured(20, SIDE)[0])[:, None] / 255
-    found = stability(ByCell(), image_KCHW)
+    found = stability(ByCell(), image_KCHW, ByCell().encode(image_KCHW))
     assert list(found) == ["1 pixel", "2 pixels", "1 cell", "flip"]
     assert found["1 cell"][0] == found["flip"][0] == 1
     assert 0.1 < found["2 pixels"][0] < found["1 pixel"][0] < 1
-    assert stability(ByPlace(), image_KCHW)["1 cell"][0] == 0
-    assert stability(ByPlace(), image_KCHW)["1 pixel"][0] == 1
+    unmoved = stability(ByPlace(), image_KCHW, ByPlace().encode(image_KCHW))
+    assert (unmoved["1 cell"][0], unmoved["1 pixel"][0]) == (0, 1)
 
 
 def test_chance_agreement_is_that_of_shuffled_tokens():

@@ -145,17 +145,18 @@ def measure(tokenizer: ImageTokenizer, seen: Specimens, *, shifts: bool = True) 
     Args:
         tokenizer: frozen, with `decode` or without.
         seen: what `collect` found: two images at least.
-        shifts: whether stability is measured; it takes five encodings of the images that were kept.
+        shifts: whether stability is measured; it takes five encodings of each image that was kept.
     """
     counts_V = count_codes(seen.ids_NPQ, tokenizer.vocab_size)
     textured_V = count_codes(seen.ids_NPQ[~seen.blank_NPQ], tokenizer.vocab_size)
     share_V = counts_V.double().sort(descending=True).values / counts_V.sum()
     beside, below = (neighbour_information(seen.ids_NPQ, tokenizer.vocab_size, dim) for dim in (2, 1))
     guess = guess_from_surroundings(seen.ids_NPQ, tokenizer.vocab_size)
-    stays = stability(tokenizer, seen.image_KCHW) if shifts else {}
+    ids_KPQ = seen.ids_NPQ[: len(seen.image_KCHW)]
+    stays = stability(tokenizer, seen.image_KCHW, ids_KPQ) if shifts else {}
     learned_KCHW, asked_KCHW = seen.image_KCHW[::2], seen.image_KCHW[1::2]
     decode = getattr(tokenizer, "decode", None)
-    drawn = in_parts(lambda part: decode(tokenizer.encode(part)).float(), asked_KCHW) if decode else None
+    drawn = in_parts(decode, ids_KPQ[1::2]).float() if decode else None
     own = None if drawn is None else fidelity(asked_KCHW, drawn, tokenizer.stride)
     codes, drawn = kmeans_yardstick(learned_KCHW, asked_KCHW, tokenizer.stride, tokenizer.vocab_size)
     yardstick = fidelity(asked_KCHW, drawn, tokenizer.stride)
@@ -177,7 +178,7 @@ def measure(tokenizer: ImageTokenizer, seen: Specimens, *, shifts: bool = True) 
     )  # fmt: skip
 
 
-def stability(tokenizer: ImageTokenizer, image_KCHW: Tensor) -> dict[str, tuple[float, float]]:
+def stability(tokenizer: ImageTokenizer, image_KCHW: Tensor, ids_KPQ: Tensor) -> dict[str, tuple[float, float]]:
     """Return (share of tokens that stay, what chance would do) under shifts and a flip.
 
     Shifted are two crops of the same pixels, one cell smaller than the image, so that nothing has to be made up at the border.
@@ -192,7 +193,7 @@ def stability(tokenizer: ImageTokenizer, image_KCHW: Tensor) -> dict[str, tuple[
             pair = (still[:, 1:, 1:], ids[:, :-1, :-1]) if name == "1 cell" else (still, ids)
             found[name] = agreement(*pair, tokenizer.vocab_size)
     turned = in_parts(lambda part: tokenizer.encode(part.flip(-1)).flip(-1), image_KCHW)
-    return found | {"flip": agreement(in_parts(tokenizer.encode, image_KCHW), turned, tokenizer.vocab_size)}
+    return found | {"flip": agreement(ids_KPQ, turned, tokenizer.vocab_size)}
 
 
 def agreement(ids: Tensor, others: Tensor, vocab_size: int) -> tuple[float, float]:
@@ -227,9 +228,9 @@ def fidelity(image_KCHW: Tensor, drawn_KCHW: Tensor, stride: int) -> Fidelity:
     return Fidelity(mse, 1 - mse / max(variance, LITTLE), 1 - lost / max(inside, LITTLE))
 
 
-def in_parts(function: Callable[[Tensor], Tensor], image_KCHW: Tensor) -> Tensor:
-    """Apply a function of images to a few at a time."""
-    return torch.cat([function(part.contiguous()) for part in image_KCHW.split(PART)])
+def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Apply a function to a few images, or their tokens, at a time."""
+    return torch.cat([function(part.contiguous()) for part in rows.split(PART)])
 
 
 def _inside_cells(image_KCHW: Tensor, stride: int, textured_N: Tensor) -> float:
