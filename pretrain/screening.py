@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from mimetic.data.stream import ShardStream
 
 LOOKED_AT = 32  # images of a batch
-MANY, FEW = 256, 64  # images in all; few on a CPU where the tokenizer is as large as DALL-E's
+MANY, FEW = 256, 32  # images in all; few on a CPU where the tokenizer is as large as DALL-E's, at a second or more an image
 LARGE = 10_000_000  # parameters
 
 

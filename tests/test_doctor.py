@@ -482,7 +482,7 @@ def test_the_look_draws_no_random_numbers_and_is_short_for_a_large_tokenizer(pla
     index, settings = open_set(place / "data"), TokenizerSettings(str(place / "run"))
     tokenizer = open_tokenizer(place / "run")
     before = torch.get_rng_state()
-    for large, images in ((screening.LARGE, 256), (10, 64)):
+    for large, images in ((screening.LARGE, 256), (10, 32)):
         monkeypatch.setattr(screening, "LARGE", large)
         stream = ShardStream(index, screening.LOOKED_AT, transform=Target())
         screening.look_at_tokenizer(tokenizer, settings, stream, torch.device("cpu"), main=True)
