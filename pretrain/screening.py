@@ -11,13 +11,13 @@ from mimetic.pretrain.recipe import TokenizerSettings
 from mimetic.tokenizers.doctor import collect, measure
 from mimetic.tokenizers.examination import reference_in
 from mimetic.tokenizers.files import provenance_of
-from mimetic.tokenizers.verdict import COLLAPSED, judge, too_little
+from mimetic.tokenizers.verdict import COLLAPSED, HEALTHY, judge, too_little
 
 if TYPE_CHECKING:
     from mimetic.data.stream import ShardStream
 
 LOOKED_AT = 32  # images of a batch
-MANY, FEW = 256, 64  # images in all; few on a CPU where the tokenizer is as large as DALL-E's
+MANY, FEW = 256, 32  # images in all; few on a CPU where the tokenizer is as large as DALL-E's, at a second or more an image
 LARGE = 10_000_000  # parameters
 
 
@@ -54,6 +54,6 @@ def _look(tokenizer: Any, settings: TokenizerSettings, images: "ShardStream", de
         return f"tokenizer {settings.path}: not judged ({reason})", ""
     figures = measure(tokenizer, seen, shifts=False)
     verdict = judge(figures, reference_in(provenance_of(settings.path), settings.path))
-    used = (f"tokenizer {settings.path}: {figures.codes_used:,} of {figures.vocab_size:,} codes in use on {figures.images} images, perplexity "
-            f"{figures.perplexity:.3g}: {verdict.word}")  # fmt: skip
-    return used if verdict.word == "healthy" else f"{used} ({verdict.reasons[0]})", verdict.word
+    used = (f"tokenizer {settings.path}: {figures.codes_used:,} of {figures.vocab_size:,} codes in use on {figures.images} images, "
+            f"perplexity {figures.perplexity:.3g}: {verdict.word}")  # fmt: skip
+    return used if verdict.word == HEALTHY else f"{used} ({'; '.join(verdict.reasons)})", verdict.word

@@ -121,11 +121,14 @@ def collect(tokenizer: ImageTokenizer, batches: Iterable[Tensor], keep: int = KE
     Raises:
         SettingError: images that the tokenizer does not take.
     """
-    ids, blank, kept, moments = [], [], [], torch.zeros(3, 1, dtype=torch.float64)
+    ids: list[Tensor] = []
+    blank: list[Tensor] = []
+    kept: list[Tensor] = []
+    moments = torch.zeros(3, 1, dtype=torch.float64)
     for image_BCHW in batches:
         ids.append(tokenizer.encode(image_BCHW))
         blank.append(blank_cells(image_BCHW, tokenizer.stride))
-        room = min(keep, KEPT_VALUES // image_BCHW[0].numel()) - sum(map(len, kept))
+        room = min(keep, KEPT_VALUES // image_BCHW[0].numel()) - sum(len(images) for images in kept)
         kept.append(image_BCHW[: max(0, room)])
         pixels_CM = rearrange(image_BCHW, "B C H W -> C (B H W)").double()
         sums = [torch.full_like(pixels_CM[:, 0], pixels_CM.shape[1]), pixels_CM.sum(1), pixels_CM.square().sum(1)]
@@ -142,17 +145,18 @@ def measure(tokenizer: ImageTokenizer, seen: Specimens, *, shifts: bool = True) 
     Args:
         tokenizer: frozen, with `decode` or without.
         seen: what `collect` found: two images at least.
-        shifts: whether stability is measured; it takes five encodings of the images that were kept.
+        shifts: whether stability is measured; it takes five encodings of each image that was kept.
     """
     counts_V = count_codes(seen.ids_NPQ, tokenizer.vocab_size)
     textured_V = count_codes(seen.ids_NPQ[~seen.blank_NPQ], tokenizer.vocab_size)
     share_V = counts_V.double().sort(descending=True).values / counts_V.sum()
     beside, below = (neighbour_information(seen.ids_NPQ, tokenizer.vocab_size, dim) for dim in (2, 1))
     guess = guess_from_surroundings(seen.ids_NPQ, tokenizer.vocab_size)
-    stays = stability(tokenizer, seen.image_KCHW) if shifts else {}
+    ids_KPQ = seen.ids_NPQ[: len(seen.image_KCHW)]
+    stays = stability(tokenizer, seen.image_KCHW, ids_KPQ) if shifts else {}
     learned_KCHW, asked_KCHW = seen.image_KCHW[::2], seen.image_KCHW[1::2]
     decode = getattr(tokenizer, "decode", None)
-    drawn = in_parts(lambda part: decode(tokenizer.encode(part)).float(), asked_KCHW) if decode else None
+    drawn = in_parts(decode, ids_KPQ[1::2]).float() if decode else None
     own = None if drawn is None else fidelity(asked_KCHW, drawn, tokenizer.stride)
     codes, drawn = kmeans_yardstick(learned_KCHW, asked_KCHW, tokenizer.stride, tokenizer.vocab_size)
     yardstick = fidelity(asked_KCHW, drawn, tokenizer.stride)
@@ -167,13 +171,14 @@ def measure(tokenizer: ImageTokenizer, seen: Specimens, *, shifts: bool = True) 
         beside=beside.excess, beside_shuffled=beside.shuffled, below=below.excess, below_shuffled=below.shuffled,
         guess_alone=guess.alone, guess_surrounded=guess.surrounded, guessable=guess.share,
         stays={name: kept for name, (kept, _) in stays.items()}, stays_by_chance={name: chance for name, (_, chance) in stays.items()},
-        mse=own and own.mse, psnr=own and -10 * math.log10(max(own.mse, 1e-12)), explained=own and own.explained,
-        detail=own and own.detail, yardstick_codes=codes, yardstick_explained=yardstick.explained, yardstick_detail=yardstick.detail,
+        mse=own.mse if own else None, psnr=-10 * math.log10(max(own.mse, 1e-12)) if own else None,
+        explained=own.explained if own else None, detail=own.detail if own else None,
+        yardstick_codes=codes, yardstick_explained=yardstick.explained, yardstick_detail=yardstick.detail,
         pixel_mean=seen.pixel_mean, pixel_std=seen.pixel_std,
     )  # fmt: skip
 
 
-def stability(tokenizer: ImageTokenizer, image_KCHW: Tensor) -> dict[str, tuple[float, float]]:
+def stability(tokenizer: ImageTokenizer, image_KCHW: Tensor, ids_KPQ: Tensor) -> dict[str, tuple[float, float]]:
     """Return (share of tokens that stay, what chance would do) under shifts and a flip.
 
     Shifted are two crops of the same pixels, one cell smaller than the image, so that nothing has to be made up at the border.
@@ -188,7 +193,7 @@ def stability(tokenizer: ImageTokenizer, image_KCHW: Tensor) -> dict[str, tuple[
             pair = (still[:, 1:, 1:], ids[:, :-1, :-1]) if name == "1 cell" else (still, ids)
             found[name] = agreement(*pair, tokenizer.vocab_size)
     turned = in_parts(lambda part: tokenizer.encode(part.flip(-1)).flip(-1), image_KCHW)
-    return found | {"flip": agreement(in_parts(tokenizer.encode, image_KCHW), turned, tokenizer.vocab_size)}
+    return found | {"flip": agreement(ids_KPQ, turned, tokenizer.vocab_size)}
 
 
 def agreement(ids: Tensor, others: Tensor, vocab_size: int) -> tuple[float, float]:
@@ -223,9 +228,9 @@ def fidelity(image_KCHW: Tensor, drawn_KCHW: Tensor, stride: int) -> Fidelity:
     return Fidelity(mse, 1 - mse / max(variance, LITTLE), 1 - lost / max(inside, LITTLE))
 
 
-def in_parts(function: Callable[[Tensor], Tensor], image_KCHW: Tensor) -> Tensor:
-    """Apply a function of images to a few at a time."""
-    return torch.cat([function(part.contiguous()) for part in image_KCHW.split(PART)])
+def in_parts(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Apply a function to a few images, or their tokens, at a time."""
+    return torch.cat([function(part.contiguous()) for part in rows.split(PART)])
 
 
 def _inside_cells(image_KCHW: Tensor, stride: int, textured_N: Tensor) -> float:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
@@ -16,6 +17,7 @@ from mimetic.tokenizers.doctor import Figures, Specimens
 from mimetic.tokenizers.usage import count_codes
 
 SHOWN, CODES, PATCHES = 10, 8, 12
+PLACE = 38  # pixels that a cell and its frame take
 SMALLEST = 112  # pixels of a small image's side on a sheet
 
 
@@ -63,29 +65,34 @@ def code_figure(seen: Specimens, vocab_size: int, stride: int) -> bytes:
     """Return a PNG of the most and the least frequent codes among the images kept: share, mean, and some of their cells."""
     from matplotlib.figure import Figure
 
-    patches_MCIJ = rearrange(seen.image_KCHW, "K C (P i) (Q j) -> (K P Q) C i j", i=stride, j=stride)
-    ids_M = seen.ids_NPQ[: len(seen.image_KCHW)].flatten()
-    share_V, here_V = count_codes(seen.ids_NPQ, vocab_size) / seen.ids_NPQ.numel(), count_codes(ids_M, vocab_size)
-    order = share_V.argsort(descending=True, stable=True)
-    order = order[here_V[order] > 0].tolist()
+    patches_MCIJ = rearrange(visible(seen.image_KCHW), "K C (P i) (Q j) -> (K P Q) C i j", i=stride, j=stride)
+    ids_M = seen.ids_NPQ[: len(seen.image_KCHW)].flatten().cpu()
+    share_V, here_V = (count_codes(seen.ids_NPQ, vocab_size) / seen.ids_NPQ.numel()).cpu(), count_codes(ids_M, vocab_size)
+    order_V = share_V.argsort(descending=True, stable=True)
+    order = order_V[here_V[order_V] > 0].tolist()
     groups = {"most frequent": order[:CODES], "least frequent": order[CODES:][-CODES:]}
-    rows = max(map(len, groups.values()))
-    figure = Figure(figsize=(13, 0.52 * rows + 0.7), dpi=100, layout="constrained", facecolor="white")
-    for half, (title, codes) in zip(figure.subfigures(1, 2), groups.items(), strict=True):
-        half.suptitle(f"{title}: share, mean, some of its cells", fontsize=10)
-        places = half.subplots(rows, PATCHES + 1, squeeze=False)
-        for place in places.flat:
-            place.set_axis_off()
-        for row, code in zip(places, codes, strict=False):
-            mine = patches_MCIJ[(ids_M == code).nonzero()[:, 0]]
-            spread = torch.linspace(0, len(mine) - 1, min(PATCHES, len(mine))).long()  # over all images, not of the first alone
-            pixels = rearrange(visible(torch.cat([mine.mean(0, keepdim=True), mine[spread.to(mine.device)]])), "M C i j -> M i j C")
-            for place, patch in zip(row, pixels.numpy(), strict=False):
-                place.imshow(patch, vmin=0, vmax=1, interpolation="nearest")
-                place.add_patch(_frame(patch.shape))
-            told = f"{code}\n{100 * float(share_V[code]):.2g} %"
-            row[0].text(-0.25, 0.5, told, transform=row[0].transAxes, ha="right", va="center", fontsize=8)
+    figure = Figure(figsize=(13, 0.46 * len(groups["most frequent"]) + 0.8), dpi=100, layout="constrained", facecolor="white")
+    halves: Any = figure.subplots(1, 2)
+    for half, (title, codes) in zip(halves, groups.items(), strict=True):
+        half.set_title(f"{title} codes: share, mean, some of their cells", fontsize=10)
+        half.spines[:].set_visible(False)
+        half.set(xticks=[], yticks=[])
+        if codes:
+            half.imshow(np.concatenate([_row_of_cells(patches_MCIJ[ids_M == code]) for code in codes]), interpolation="nearest")
+            labels = [f"{code}:  {100 * share:.2g} %" for code, share in zip(codes, share_V[codes].tolist(), strict=True)]
+            half.set_yticks([(row + 0.5) * PLACE - 0.5 for row in range(len(codes))], labels, fontsize=9)
+            half.tick_params(length=0)
     return _png(figure)
+
+
+def _row_of_cells(mine_MCIJ: Tensor) -> np.ndarray:
+    """(PLACE, PLACE * (PATCHES + 1), 3): their mean, and some of them from all over the images, framed in grey."""
+    chosen = torch.linspace(0, len(mine_MCIJ) - 1, min(PATCHES, len(mine_MCIJ))).long()
+    shown = F.interpolate(torch.cat([mine_MCIJ.mean(0, keepdim=True), mine_MCIJ[chosen]]), (PLACE - 6, PLACE - 6), mode="nearest")
+    framed = F.pad(F.pad(shown, [1] * 4, value=0.6), [2] * 4, value=1.0)
+    row = np.ones((PLACE, PLACE * (PATCHES + 1), 3), np.float32)
+    row[:, : PLACE * len(framed)] = rearrange(framed, "M C i j -> i (M j) C").numpy()
+    return row
 
 
 def entropy_figure(figures: Figures) -> bytes:
@@ -99,12 +106,6 @@ def entropy_figure(figures: Figures) -> bytes:
     axes.set_title(f"what tokens tell at each place, bits\n{figures.entropy:.2f} over all places, {figures.images:,} images", fontsize=10)
     figure.colorbar(drawn, ax=axes)
     return _png(figure)
-
-
-def _frame(shape: tuple[int, ...]) -> Any:
-    from matplotlib.patches import Rectangle
-
-    return Rectangle((-0.5, -0.5), shape[1], shape[0], fill=False, edgecolor="#999999", linewidth=0.8)
 
 
 def _png(figure: Any) -> bytes:

@@ -1,6 +1,7 @@
 """`mimetic doctor`: examines a tokenizer on shards of images and says whether it is fit to teach a network there."""
 
 import json
+import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -24,7 +25,7 @@ from mimetic.tokenizers.doctor import collect, measure
 from mimetic.tokenizers.drawings import draw
 from mimetic.tokenizers.files import open_tokenizer, provenance_of, tokenizer_hash
 from mimetic.tokenizers.telling import conclusion, findings, page
-from mimetic.tokenizers.verdict import REFERENCE, THRESHOLDS, judge, reference_of, too_little
+from mimetic.tokenizers.verdict import LIMITS, REFERENCE, judge, reference_of, too_little
 
 BATCH, TELL_EVERY = 32, 5.0
 LARGEST = 256  # pixels of a side where nobody says how large images should be
@@ -45,22 +46,19 @@ def examine(path: str, shards: str, out: Path | None = None, images: int = 512, 
     Raises:
         CheckpointError: no tokenizer there.
         DataError: no shards there, or images on which nothing can be said.
-        SettingError: images of other channels, or a size that is no whole number of cells.
+        SettingError: images of other channels, a size that is no whole number of cells, or a place that cannot be written.
     """
-    if images < 2:
-        raise SettingError(f"--images {images}: a tokenizer is judged on two images or more; give some hundred")
+    for folder in (out, to_json and to_json.parent):
+        if folder is not None:
+            refuse_unwritable(folder)
     tokenizer, index = open_tokenizer(path), open_set(shards)
-    provenance, stride = provenance_of(path), tokenizer.stride
-    if tokenizer.in_channels != index.channels:
-        raise SettingError(f"the tokenizer {path} reads images of {tokenizer.in_channels} channels, those of {shards} have "
-                           f"{index.channels}; pack them with --channels {tokenizer.in_channels}, or train a tokenizer on them")  # fmt: skip
-    size = image_size or provenance.get("image_size") or fitting_size(index, stride)
-    if size % stride or size < 1:
-        raise SettingError(f"--image-size {size} is no multiple of the tokenizer's stride {stride}; use {max(1, size // stride) * stride}")
+    provenance = provenance_of(path)
     reference = reference_in(provenance, path)
+    size = image_size or provenance.get("image_size") or fitting_size(index, tokenizer.stride)
+    refuse_what_does_not_fit(tokenizer, index, images, size)
     images = min(images, len(index))
-    title = (f"tokenizer {path} ({tokenizer.vocab_size:,} codes, cells of {stride} pixels) on {images:,} of the {len(index):,} images of "
-             f"{shards}, at {size}x{size} pixels: {(size // stride) ** 2:,} tokens each")  # fmt: skip
+    title = (f"tokenizer {path} ({tokenizer.vocab_size:,} codes, cells of {tokenizer.stride} pixels) on {images:,} of the {len(index):,} "
+             f"images of {shards}, at {size}x{size} pixels: {(size // tokenizer.stride) ** 2:,} tokens each")  # fmt: skip
     print(title, flush=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer.to(device)  # type: ignore[attr-defined]
@@ -73,18 +71,30 @@ def examine(path: str, shards: str, out: Path | None = None, images: int = 512, 
     told = conclusion(verdict, path, shards)
     print(*(f"{what:<15} {found}" for what, found in findings(figures, reference)), *told, sep="\n", flush=True)
     content = json.dumps({
-        "tokenizer": {"path": path, "sha256": tokenizer_hash(path), "vocab_size": tokenizer.vocab_size, "stride": stride,
+        "tokenizer": {"path": path, "sha256": tokenizer_hash(path), "vocab_size": tokenizer.vocab_size, "stride": tokenizer.stride,
                       "in_channels": tokenizer.in_channels},
         "data": {"index": shards, "fingerprint": index.fingerprint, "samples": len(index), "image_size": size},
-        "verdict": asdict(verdict), "figures": asdict(figures), "reference": reference, "thresholds": THRESHOLDS,
+        "verdict": asdict(verdict), "figures": asdict(figures), "reference": reference, "thresholds": asdict(LIMITS),
     }, indent=1) + "\n"  # fmt: skip
-    if to_json:
+    if to_json is not None:
         write_all(to_json.parent, {to_json.name: content})
-    if out:
+    if out is not None:
         pictures = draw(tokenizer, seen, figures)
         write_all(out, {"doctor.json": content, "doctor.md": page(title, figures, reference, told, list(pictures))} | pictures)
         print(f"pictures and figures: {out}/doctor.md, {out}/doctor.json", flush=True)
     return verdict.word
+
+
+def refuse_what_does_not_fit(tokenizer: ImageTokenizer, index: Index, images: int, size: int) -> None:
+    """Raises SettingError for images of other channels, too few of them, or a size that is no whole number of cells."""
+    channels, stride = tokenizer.in_channels, tokenizer.stride
+    if channels != index.channels:
+        raise SettingError(f"the tokenizer reads images of {channels} channels, those of {index.home} have {index.channels}; pack them "
+                           f"with --channels {channels}, or train a tokenizer on them")  # fmt: skip
+    if images < 2:
+        raise SettingError(f"--images {images}: a tokenizer is judged on two images or more; give some hundred")
+    if size < 1 or size % stride:
+        raise SettingError(f"--image-size {size} is no multiple of the tokenizer's stride {stride}; use {max(1, size // stride) * stride}")
 
 
 def fitting_size(index: Index, stride: int) -> int:
@@ -99,10 +109,9 @@ def read_images(index: Index | Mixture, images: int, size: int, device: torch.de
     started = told = time.perf_counter()
     done, bad = 0, 0
     for batch in stream.run(-(-images // stream.global_batch)):
-        valid_B = batch["valid"]
-        valid_B[images - done :] = False
-        yield in_unit_range(batch["image"][valid_B].to(device))
-        done, bad = done + len(valid_B), bad + len(batch["bad"])
+        image_BCHW = batch["image"][batch["valid"]][: images - done]
+        yield in_unit_range(image_BCHW.to(device))
+        done, bad = done + len(image_BCHW), bad + len(batch["bad"])
         if (now := time.perf_counter()) - told > TELL_EVERY and done < images:
             told, rate = now, done / (now - started)
             print(f"{done:,}/{images:,} images  {rate:.3g} images/s  {duration((images - done) / rate)} left", flush=True)
@@ -129,15 +138,15 @@ def reference_figures(tokenizer: ImageTokenizer, index: Index | Mixture, size: i
     return None if too_little(seen) else reference_of(measure(tokenizer, seen, shifts=False))
 
 
-def write_all(folder: Path, files: dict[str, str | bytes]) -> None:
-    """Writes files into a folder, each whole or not at all.
+def refuse_unwritable(folder: Path) -> None:
+    """Raises SettingError if a folder cannot be written, or made: before the long work."""
+    nearest = next(place for place in (folder.resolve(), *folder.resolve().parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise SettingError(f"{folder}: {nearest} is no folder that can be written; give another one")
 
-    Raises:
-        SettingError: the folder cannot be written.
-    """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, content in files.items():
-            write_atomically(folder / name, content)
-    except OSError as error:
-        raise SettingError(f"{folder} cannot be written ({error.strerror or error}); give another folder") from None
+
+def write_all(folder: Path, files: dict[str, str | bytes]) -> None:
+    """Writes files into a folder, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in files.items():
+        write_atomically(folder / name, content)

@@ -3,30 +3,29 @@
 from collections.abc import Mapping
 from typing import Any
 
-from mimetic.tokenizers import verdict as limit
 from mimetic.tokenizers.doctor import Figures
-from mimetic.tokenizers.verdict import Verdict
+from mimetic.tokenizers.verdict import BLIND, COARSE, COLLAPSED, HEALTHY, LIMITS, Verdict, least_detail, limits
 
 NEXT = {
-    limit.HEALTHY: "pretrain with it: pretrain/beit.py --tokenizer.path {path} --data.index {shards}",
-    limit.COARSE: "it can be pretrained with, and teaches less than a finer one; train one with more codes or smaller cells "
-                  "(dvae.vocab_size, dvae.stride), or give it larger images (--image-size here, views.target_size in pretraining)",
-    limit.COLLAPSED: "train another: tokenizers/train_dvae.py seeds codes from images and restarts dead ones (dvae.seed_images, "
-                     "dvae.restart_every)",
-    limit.BLIND: "train one on images like these: tokenizers/train_dvae.py --data.index {shards}",
+    HEALTHY: "pretrain with it on images like these: pretrain/beit.py --tokenizer.path {path} (--help has an example)",
+    COARSE: "it can be pretrained with, and teaches less than a finer one; train one with more codes or smaller cells "
+            "(dvae.vocab_size, dvae.stride), or give it larger images (--image-size here, views.target_size in pretraining)",
+    COLLAPSED: "train another: tokenizers/train_dvae.py seeds codes from images and restarts dead ones (dvae.seed_images, "
+               "dvae.restart_every)",
+    BLIND: "train one on images like these: tokenizers/train_dvae.py --data.index {shards}",
 }  # fmt: skip
 
 
 def findings(f: Figures, reference: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """Return (what, found), one for each line of the report."""
-    collapsed, coarse = limit.limits(f.vocab_size, f.non_blank)
+    collapsed, coarse = limits(f.vocab_size, f.non_blank)
     lines = [
-        ("codes", f"{f.codes_used:,} of {f.vocab_size:,} occur, the ten most frequent in {f.top10:.1%} of {f.cells:,} cells, the first alone in "
-                  f"{f.top1:.1%}, and in {f.top1_non_blank:.1%} of those that are not blank (collapsed above {limit.COLLAPSED_TOP:.0%})"),
+        ("codes", f"{f.codes_used:,} of {f.vocab_size:,} occur, the ten most frequent in {f.top10:.1%} of {f.cells:,} cells, the first in "
+                  f"{f.top1:.1%} and in {f.top1_non_blank:.1%} of those that are not blank (collapsed above {LIMITS.collapsed_top:.0%})"),
         ("perplexity", f"{f.perplexity:.1f}; {f.perplexity_non_blank:.1f} over the {f.non_blank / f.cells:.0%} of cells that are not blank "
                        f"(collapsed below {collapsed:.3g}, coarse below {coarse:.3g}{_before(reference, 'perplexity_non_blank', '.1f')})"),
         ("places", f"{f.entropy:.2f} bits a token, of which its place tells {f.position_information:.2f} (blind above "
-                   f"{limit.BLIND_PLACE:.0%} of them)"),
+                   f"{LIMITS.blind_place:.0%} of them)"),
         ("neighbours", f"tell {f.beside:.2f} bits (beside) and {f.below:.2f} (below) of each other; {f.beside_shuffled:.2f} and "
                        f"{f.below_shuffled:.2f} that shuffled pairs seem to tell are taken off"),
         ("guessing", f"{f.guess_alone:.2f} bits are missing before, {f.guess_surrounded:.2f} after a look at the four neighbours: "
@@ -34,13 +33,13 @@ def findings(f: Figures, reference: Mapping[str, Any] | None) -> list[tuple[str,
     ]  # fmt: skip
     if f.stays:
         kept = ", ".join(f"{share:.0%} under {name} ({f.stays_by_chance[name]:.0%} by chance)" for name, share in f.stays.items())
-        lines.append(("stability", f"tokens that stay: {kept}; under 1 cell they move along (blind below {limit.BLIND_MOVED:.0%} beyond "
+        lines.append(("stability", f"tokens that stay: {kept}; under 1 cell they move along (blind below {LIMITS.blind_moved:.0%} beyond "
                                    "chance)"))  # fmt: skip
     if f.explained is not None and f.detail is not None:
-        least = limit.least_detail(f.yardstick_detail, reference)
+        least = least_detail(f.yardstick_detail, reference)
         lines += [
             ("reconstruction", f"{f.psnr:.1f} dB; explains {f.explained:.1%} of the variance (collapsed below "
-                               f"{limit.COLLAPSED_EXPLAINED:.0%}, coarse below {limit.COARSE_EXPLAINED:.0%}"
+                               f"{LIMITS.collapsed_explained:.0%}, coarse below {LIMITS.coarse_explained:.0%}"
                                f"{_before(reference, 'explained', '.1%')}) and {f.detail:.1%} of the detail inside cells (blind below "
                                f"{least:.1%})"),
             ("yardstick", f"{f.yardstick_codes:,} codes of k-means, made of these images in seconds, explain {f.yardstick_explained:.1%} "

@@ -12,22 +12,46 @@ from typing import Any
 from mimetic.tokenizers.doctor import Figures, Specimens
 
 HEALTHY, COARSE, COLLAPSED, BLIND = "healthy", "coarse", "collapsed", "blind to this domain"
-REFERENCE = ("images", "codes_used", "perplexity", "perplexity_non_blank", "top1_non_blank", "explained", "detail", "yardstick_detail",
-             "pixel_mean", "pixel_std")  # fmt: skip  # what a training keeps of its own figures
+REFERENCE = ("images", "non_blank", "codes_used", "perplexity", "perplexity_non_blank", "top1_non_blank", "explained", "detail",
+             "yardstick_detail", "pixel_mean", "pixel_std")  # fmt: skip  # what a training keeps of its own figures
 FEWEST = 32  # cells that are not blank; of fewer nothing can be said
 
-COLLAPSED_ENTROPY = 1 / 3  # of log2 of the codes that could occur: 6 of 256, 20 of 8192 equally common ones
-COLLAPSED_TOP = 0.5  # share of the most frequent code in cells that are not blank
-COLLAPSED_EXPLAINED = 0.1
-BLIND_PERPLEXITY = 1 / 3  # of the reference's
-BLIND_DETAIL, BLIND_DETAIL_ALONE = 0.5, 0.35  # of what k-means has; the reference's share of that is taken for whole, where known
-BLIND_UNEXPLAINED, BLIND_UNEXPLAINED_YARDSTICK = 2.0, 1.5  # times the reference's, and times what k-means leaves
-BLIND_PLACE = 0.8  # of a token's information
-BLIND_MOVED = 0.05  # agreement beyond chance after a shift by a cell
-COARSE_ENTROPY, COARSE_BITS = 1 / 2, 3.0  # of log2 of the codes that could occur: 16 of 256, 90 of 8192; and 8 codes at the least
-COARSE_EXPLAINED = 0.8
 
-THRESHOLDS = {name.lower(): value for name, value in dict(globals()).items() if isinstance(value, float)}
+@dataclass(frozen=True)
+class Limits:
+    """What figures are held against; V are the codes that could occur: of the codebook, or as many as there are cells that are not blank.
+
+    Attributes:
+        collapsed_entropy: share of log2 V: 9 of 256 equally common codes, 37 of 8192.
+        collapsed_used: share of V in use, for a tokenizer whose perplexity is coarse.
+        collapsed_top: share of the most frequent code in cells that are not blank.
+        collapsed_explained: share of the variance that reconstructions explain.
+        blind_perplexity: share of the reference's.
+        blind_detail: share of k-means's detail inside cells, times the reference's own share of that; `blind_detail_alone` without one.
+        blind_lost: variance that reconstructions lose, as a multiple of the reference's; and `blind_lost_yardstick` of k-means's.
+        blind_place: share of a token's information that is its place.
+        blind_moved: agreement beyond chance after a shift by a cell.
+        coarse_entropy: share of log2 V: 16 of 256 equally common codes, 90 of 8192; and `coarse_bits` at the least.
+        coarse_explained: share of the variance that reconstructions explain.
+    """
+
+    collapsed_entropy: float = 0.4
+    collapsed_used: float = 0.1
+    collapsed_top: float = 0.5
+    collapsed_explained: float = 0.1
+    blind_perplexity: float = 1 / 3
+    blind_detail: float = 0.5
+    blind_detail_alone: float = 0.35
+    blind_lost: float = 2.0
+    blind_lost_yardstick: float = 1.5
+    blind_place: float = 0.8
+    blind_moved: float = 0.05
+    coarse_entropy: float = 0.5
+    coarse_bits: float = 3.0
+    coarse_explained: float = 0.8
+
+
+LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -58,8 +82,9 @@ def judge(figures: Figures, reference: Mapping[str, Any] | None = None) -> Verdi
     """
     compared = ("reference figures of its own held-out images" if reference else
                 "absolute limits and k-means alone: the tokenizer's folder has no reference figures")  # fmt: skip
-    fails = _collapse(figures)
-    if fails and (not reference or _was_collapsed(reference, figures.vocab_size)):
+    fails = _collapse(figures.vocab_size, figures.non_blank, figures.codes_used, figures.perplexity_non_blank, figures.top1_non_blank,
+                      figures.explained)  # fmt: skip
+    if fails and not (reference and _was_sound(reference, figures.vocab_size)):
         return Verdict(COLLAPSED, tuple(fails), compared)
     blind = fails + (_worse_than(figures, reference) if reference else []) + _blindness(figures, reference)
     if blind:
@@ -80,8 +105,12 @@ def too_little(seen: Specimens) -> str:
 
 def limits(vocab_size: int, cells: int) -> tuple[float, float]:
     """Return the perplexities over `cells` cells that are not blank below which a tokenizer is collapsed, and coarse."""
-    possible = max(2, min(vocab_size, cells))
-    return possible**COLLAPSED_ENTROPY, max(possible**COARSE_ENTROPY, 2**COARSE_BITS)
+    possible = _possible(vocab_size, cells)
+    return possible**LIMITS.collapsed_entropy, max(possible**LIMITS.coarse_entropy, 2**LIMITS.coarse_bits)
+
+
+def _possible(vocab_size: int, cells: int) -> int:
+    return max(2, min(vocab_size, cells))
 
 
 def beyond_chance(figures: Figures, what: str) -> float:
@@ -90,61 +119,66 @@ def beyond_chance(figures: Figures, what: str) -> float:
     return (figures.stays[what] - chance) / (1 - chance) if chance < 1 else 1.0
 
 
-def _collapse(f: Figures) -> list[str]:
-    reasons, (limit, _) = [], limits(f.vocab_size, f.non_blank)
-    if f.perplexity_non_blank < limit:
-        reasons.append(f"{_perplexity(f)}, below {limit:.3g}: less than a third of the bits that {f.vocab_size:,} codes could carry")
-    if f.top1_non_blank > COLLAPSED_TOP:
-        reasons.append(f"one code takes {f.top1_non_blank:.0%} of the cells that are not blank, more than {COLLAPSED_TOP:.0%}")
-    if f.explained is not None and f.explained < COLLAPSED_EXPLAINED:
-        reasons.append(f"reconstructions explain {f.explained:.0%} of the images' variance, less than {COLLAPSED_EXPLAINED:.0%}")
+def _collapse(vocab_size: int, non_blank: int, codes_used: int, perplexity_non_blank: float, top1_non_blank: float,
+              explained: float | None) -> list[str]:  # fmt: skip
+    """Reasons to call a tokenizer collapsed."""
+    reasons, (limit, coarse) = [], limits(vocab_size, non_blank)
+    perplexity = f"perplexity {perplexity_non_blank:.3g} over cells that are not blank"
+    if perplexity_non_blank < limit:
+        reasons.append(f"{perplexity}, below {limit:.3g}: less than two fifths of the bits that {vocab_size:,} codes could carry")
+    elif perplexity_non_blank < coarse and codes_used < LIMITS.collapsed_used * _possible(vocab_size, non_blank):
+        reasons.append(f"{perplexity}, below {coarse:.3g}, and less than {LIMITS.collapsed_used:.0%} of {vocab_size:,} codes in use")
+    if top1_non_blank > LIMITS.collapsed_top:
+        reasons.append(f"one code takes {top1_non_blank:.0%} of the cells that are not blank, more than {LIMITS.collapsed_top:.0%}")
+    if explained is not None and explained < LIMITS.collapsed_explained:
+        reasons.append(f"reconstructions explain {explained:.0%} of the images' variance, less than {LIMITS.collapsed_explained:.0%}")
     return reasons
 
 
-def _was_collapsed(reference: Mapping[str, Any], vocab_size: int) -> bool:
-    explained = reference["explained"]
-    return (reference["perplexity_non_blank"] < limits(vocab_size, vocab_size)[0] or reference["top1_non_blank"] > COLLAPSED_TOP
-            or (explained is not None and explained < COLLAPSED_EXPLAINED))  # fmt: skip
+def _was_sound(reference: Mapping[str, Any], vocab_size: int) -> bool:
+    """Whether a tokenizer was not collapsed on its own held-out images."""
+    known = {name: reference[name] for name in ("codes_used", "perplexity_non_blank", "top1_non_blank", "explained")}
+    return not _collapse(vocab_size, reference["non_blank"], **known)
 
 
 def _worse_than(f: Figures, reference: Mapping[str, Any]) -> list[str]:
     reasons, before = [], reference["perplexity_non_blank"]
-    if f.perplexity_non_blank < BLIND_PERPLEXITY * before:
+    if f.perplexity_non_blank < LIMITS.blind_perplexity * before:
         reasons.append(f"{_perplexity(f)}, below a third of the {before:.3g} on its own held-out images")
     if f.explained is not None and reference["explained"] is not None:
         lost, lost_before, lost_by_kmeans = 1 - f.explained, 1 - reference["explained"], 1 - f.yardstick_explained
-        if lost > max(BLIND_UNEXPLAINED * lost_before, BLIND_UNEXPLAINED_YARDSTICK * lost_by_kmeans):
-            reasons.append(f"reconstructions lose {lost:.1%} of the variance, more than {BLIND_UNEXPLAINED:g} times the {lost_before:.1%} on "
-                           f"its own held-out images and {BLIND_UNEXPLAINED_YARDSTICK:g} times the {lost_by_kmeans:.1%} that k-means loses "
-                           "here")  # fmt: skip
+        if lost > max(LIMITS.blind_lost * lost_before, LIMITS.blind_lost_yardstick * lost_by_kmeans):
+            reasons.append(f"reconstructions lose {lost:.1%} of the variance, more than {LIMITS.blind_lost:g} times the {lost_before:.1%} "
+                           f"on its own held-out images and {LIMITS.blind_lost_yardstick:g} times the {lost_by_kmeans:.1%} that k-means "
+                           "loses here")  # fmt: skip
     return reasons
 
 
 def _blindness(f: Figures, reference: Mapping[str, Any] | None) -> list[str]:
     reasons = []
     if f.detail is not None and f.detail < (least := least_detail(f.yardstick_detail, reference)):
-        reasons.append(f"reconstructions have {f.detail:.0%} of the detail inside cells, less than {least:.0%}: {f.yardstick_codes:,} codes "
-                       f"of k-means have {f.yardstick_detail:.0%}")  # fmt: skip
-    if f.position_information > BLIND_PLACE * f.entropy > 0:
+        reasons.append(f"reconstructions have {f.detail:.0%} of the detail inside cells, less than {least:.0%}: {f.yardstick_codes:,} "
+                       f"codes of k-means have {f.yardstick_detail:.0%}")  # fmt: skip
+    if f.position_information > LIMITS.blind_place * f.entropy > 0:
         reasons.append(f"{f.position_information:.2g} of a token's {f.entropy:.2g} bits are where its cell is, and not what it shows")
-    if "1 cell" in f.stays and (moved := beyond_chance(f, "1 cell")) < BLIND_MOVED:
-        reasons.append(f"shifted by a cell, {moved:.0%} of the tokens move along beyond chance, less than {BLIND_MOVED:.0%}")
+    if "1 cell" in f.stays and (moved := beyond_chance(f, "1 cell")) < LIMITS.blind_moved:
+        reasons.append(f"shifted by a cell, {moved:.0%} of the tokens move along beyond chance, less than {LIMITS.blind_moved:.0%}")
     return reasons
 
 
 def least_detail(by_kmeans: float, reference: Mapping[str, Any] | None) -> float:
     """Return the detail inside cells below which a tokenizer is blind where k-means has so much of it."""
     if not reference or reference["detail"] is None or reference["yardstick_detail"] <= 0:
-        return BLIND_DETAIL_ALONE * by_kmeans
-    return BLIND_DETAIL * min(1.0, reference["detail"] / reference["yardstick_detail"]) * by_kmeans
+        return LIMITS.blind_detail_alone * by_kmeans
+    return LIMITS.blind_detail * min(1.0, reference["detail"] / reference["yardstick_detail"]) * by_kmeans
 
 
 def _coarseness(f: Figures) -> list[str]:
     reasons, (_, limit) = [], limits(f.vocab_size, f.non_blank)
     if f.perplexity_non_blank < limit:
         reasons.append(f"{_perplexity(f)}, below {limit:.3g}: tokens of {math.log2(f.perplexity_non_blank):.2g} bits say little")
-    if f.explained is not None and f.explained < COARSE_EXPLAINED:
-        reasons.append(f"reconstructions explain {f.explained:.0%} of the images' variance, less than {COARSE_EXPLAINED:.0%}: "
+    if f.explained is not None and f.explained < LIMITS.coarse_explained:
+        reasons.append(f"reconstructions explain {f.explained:.0%} of the images' variance, less than {LIMITS.coarse_explained:.0%}: "
                        "smaller cells or more codes would explain more")  # fmt: skip
     return reasons
 
