@@ -10,7 +10,8 @@ from mimetic.engine.config import did_you_mean
 from mimetic.engine.errors import SettingError
 from mimetic.engine.runtime import run_entry
 
-COMMANDS = ("demo", "pack", "index", "check", "tokenizer", "doctor", "tokens", "watch", "export", "compare", "models", "attention", "replay")
+COMMANDS = ("demo", "pack", "index", "check", "tokenizer", "doctor", "tokens", "watch", "export", "compare", "models", "attention",
+            "replay")  # fmt: skip
 
 
 class Parser(argparse.ArgumentParser):

@@ -1,7 +1,7 @@
 """Methods of pretraining side by side on Fashion-MNIST: as many images, or as many seconds; then the same fine-tuning on 600 labels.
 
-Run: python benchmarks/methods.py rates     images a second of each method, each alone, in turn, three rounds
-     python benchmarks/methods.py train     with --jobs N trainings at a time, on whatever device there is
+Run: python benchmarks/methods.py rates     images a second of each method, each alone, in turn, in several rounds
+     python benchmarks/methods.py train     with --jobs N trainings at a time, on whatever device there is; --half for one of the two
      python benchmarks/methods.py table     from the runs' records
      each with --teacher-weights FILE of EfficientNet-lite0, or its rows are left out; after `make demo`, whose shards are used
 
@@ -26,7 +26,8 @@ from statistics import mean, median, stdev
 from threading import Lock, Semaphore
 
 OUT, SHARDS = Path("runs/methods"), Path("runs/demo/shards")
-RATES, ROUNDS = OUT / "rates.json", 3
+RATES = OUT / "rates.json"
+HALVES = ("equal-samples", "equal-seconds")
 ON = ["--data.index", str(SHARDS / "train"), "--evaluate_on", str(SHARDS / "test")]
 
 
@@ -39,20 +40,23 @@ class Method:
         script: of the pretraining.
         recipe: its recipe.
         tokenizer: the tokenizer it learns from, by the name of its run.
+        settings: of the fine-tuning: the backbone's, where it is not the demo's to the letter.
     """
 
     title: str
     script: str
     recipe: str
     tokenizer: str | None = None
+    settings: tuple[str, ...] = ()
 
 
+WITH_CLS = ("--backbone.overrides.class_token", "true")  # BEiT v2 learns through [CLS]; patches are pooled all the same
 METHODS = {
     "beit": Method("BEiT, dVAE", "pretrain/beit.py", "demo_pretrained", "dvae"),
     "beit-vqkd": Method("BEiT, VQ-KD of a BEiT backbone", "pretrain/beit.py", "demo_pretrained", "vqkd-own"),
     "beit-vqkd-imagenet": Method("BEiT, VQ-KD of an ImageNet CNN", "pretrain/beit.py", "demo_pretrained", "vqkd-imagenet"),
-    "beit2": Method("BEiT v2, VQ-KD of a BEiT backbone", "pretrain/beit2.py", "beit2_fashion_mnist", "vqkd-own"),
-    "beit2-imagenet": Method("BEiT v2, VQ-KD of an ImageNet CNN", "pretrain/beit2.py", "beit2_fashion_mnist", "vqkd-imagenet"),
+    "beit2": Method("BEiT v2, VQ-KD of a BEiT backbone", "pretrain/beit2.py", "beit2_fashion_mnist", "vqkd-own", WITH_CLS),
+    "beit2-imagenet": Method("BEiT v2, VQ-KD of an ImageNet CNN", "pretrain/beit2.py", "beit2_fashion_mnist", "vqkd-imagenet", WITH_CLS),
     "simmim": Method("SimMIM", "pretrain/simmim.py", "simmim_fashion_mnist"),
     "mae": Method("MAE", "pretrain/mae.py", "mae_fashion_mnist"),
 }
@@ -116,7 +120,7 @@ def tokenizers(study: Study, seed: int, pool: ThreadPoolExecutor, below: str) ->
 
     made = {"dvae": dvae, "vqkd-own": pool.submit(of_own)}
     if study.teacher:
-        named = ("--teacher.path", "timm:tf_efficientnet_lite0", "--teacher.weights", study.teacher)
+        named = ("--teacher.path", "timm:tf_efficientnet_lite0", "--teacher.weights", study.teacher, "--teacher.image_size", "112")
         made["vqkd-imagenet"] = pool.submit(vqkd, "vqkd-imagenet", *named)
     return made
 
@@ -133,53 +137,63 @@ def pretrained(study: Study, seed: int, below: str, name: str, tokenizer: Path |
     return study.train(method.script, method.recipe, OUT / below / name, *settings, *of)
 
 
-def fine_tuned(study: Study, seed: int, init: Path | None, out: Path) -> Path:
+def fine_tuned(study: Study, seed: int, init: Path | None, out: Path, more: tuple[str, ...] = ()) -> Path:
     """The same fine-tuning for all; from scratch without a pretraining, at the demo's rates for either."""
     settings = ["--seed", str(seed), "--labels.seed", str(seed), "--data.index", str(SHARDS / "train"),
                 "--evaluation.index", str(SHARDS / "test")]  # fmt: skip
     if init is None:
         return study.train("finetune/classify.py", "demo_from_scratch", out, *settings)
-    return study.train("finetune/classify.py", "demo_fine_tuned", out, *settings, "--init.path", str(init))
+    return study.train("finetune/classify.py", "demo_fine_tuned", out, *settings, "--init.path", str(init), *more)
 
 
-def train_all(study: Study, in_as_many_seconds: dict[str, int]) -> None:
-    """Pretrains and fine-tunes each method with each seed, on as many images and in as many seconds."""
-    halves = {"equal-samples": dict.fromkeys(study.methods, study.samples), "equal-seconds": in_as_many_seconds}
+def train_half(study: Study, half: str) -> None:
+    """Pretrains and fine-tunes each method with each seed."""
     with ThreadPoolExecutor(128) as pool:  # most of them wait, for another or for a place
         made = {seed: tokenizers(study, seed, pool, f"seed-{seed}") for seed in study.seeds}
 
-        def arm(seed: int, half: str, name: str) -> None:
+        def arm(seed: int, name: str) -> None:
             needed = METHODS[name].tokenizer
             tokenizer = made[seed][needed].result() if needed else None
-            run = pretrained(study, seed, f"seed-{seed}/{half}", name, tokenizer, halves[half][name])
-            fine_tuned(study, seed, run, run.with_name(f"{name}-fine-tuned"))
+            run = pretrained(study, seed, f"seed-{seed}/{half}", name, tokenizer, images_of(study, half, name))
+            fine_tuned(study, seed, run, run.with_name(f"{name}-fine-tuned"), METHODS[name].settings)
 
         arms = [pool.submit(fine_tuned, study, seed, None, OUT / f"seed-{seed}" / "from-scratch") for seed in study.seeds]
-        arms += [pool.submit(arm, seed, half, name) for half in halves for seed in study.seeds for name in study.methods
+        arms += [pool.submit(arm, seed, name) for seed in study.seeds for name in study.methods
                  if (half, name) != ("equal-seconds", "beit")]  # fmt: skip
         for waited in arms:
             waited.result()
 
 
-def measure_rates(study: Study) -> None:
+def images_of(study: Study, half: str, name: str) -> int:
+    """How many a method gets."""
+    if half == "equal-samples":
+        return study.samples
+    rates = json.loads(RATES.read_text())
+    return int(study.samples * rates[name] / rates["beit"]) // 64 * 64
+
+
+def measure_rates(study: Study, rounds: int) -> None:
     """Short trainings in turn, alone; the median of their rates, each run's first line left out."""
+    study.more.extend(("--evaluate_on", "null"))
     found: dict[str, list[float]] = {name: [] for name in study.methods}
     with ThreadPoolExecutor(8) as pool:
         made = {name: future.result() for name, future in tokenizers(study, 0, pool, "rates").items()}
-    for round_ in range(ROUNDS):
+    for round_ in range(rounds):
         for name in study.methods:
             needed = METHODS[name].tokenizer
             run = pretrained(study, 0, f"rates/round-{round_}", name, made[needed] if needed else None, study.samples)
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
             found[name].append(median([line["images_per_second"] for line in lines if "loss" in line][1:]))
-            print(f"round {round_ + 1} of {ROUNDS}: {name} {found[name][-1]:.0f} images/s", flush=True)
+            print(f"round {round_ + 1} of {rounds}: {name} {found[name][-1]:.0f} images/s", flush=True)
     RATES.write_text(json.dumps({name: median(rates) for name, rates in found.items()}, indent=1) + "\n")
     print(f"rates in {RATES}")
 
 
-def print_table(study: Study, half: str, title: str) -> None:
+def print_table(study: Study, half: str) -> None:
     """One row a method, from records and measured rates alone."""
     rates = json.loads(RATES.read_text())
+    title = (f"As many images: {study.samples:,} each" if half == "equal-samples" else
+             f"As many seconds: the {study.samples / rates['beit']:.0f} that BEiT with its dVAE takes for {study.samples:,} images")  # fmt: skip
     print(f"\n{title}; seeds {', '.join(map(str, study.seeds))}\n\n| pretraining | images | images/s | seconds | test accuracy, % | mean | "
           "deviation |\n|---|---|---|---|---|---|---|")  # fmt: skip
     rows = []
@@ -200,6 +214,8 @@ def main() -> None:
     parser.add_argument("command", choices=("rates", "train", "table"))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--samples", type=int, help="images of each pretraining (default: 160,000; for rates 6,400)")
+    parser.add_argument("--rounds", type=int, default=3, help="of rates (default: %(default)s)")
+    parser.add_argument("--half", choices=HALVES, nargs="+", default=HALVES, help="(default: both)")
     parser.add_argument("--teacher-weights", metavar="FILE", help="of EfficientNet-lite0; without it its rows are left out")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="trainings at a time (default: %(default)s)")
     parser.add_argument("--more", nargs="*", default=[], metavar="NAME=VALUE", help="further settings of every training")
@@ -208,13 +224,12 @@ def main() -> None:
     samples = asked.samples or (6_400 if asked.command == "rates" else 160_000)
     study = Study(asked.seeds, samples, asked.teacher_weights, Semaphore(asked.jobs), more)
     if asked.command == "rates":
-        measure_rates(study)
+        measure_rates(study, asked.rounds)
         return
-    rates = json.loads(RATES.read_text())
-    if asked.command == "train":
-        train_all(study, {name: int(samples * rates[name] / rates["beit"]) // 64 * 64 for name in study.methods})
-    print_table(study, "equal-samples", f"As many images: {samples:,} each")
-    print_table(study, "equal-seconds", f"As many seconds: the {samples / rates['beit']:.0f} that BEiT with its dVAE takes")
+    for half in asked.half:
+        if asked.command == "train":
+            train_half(study, half)
+        print_table(study, half)
 
 
 if __name__ == "__main__":
