@@ -117,8 +117,8 @@ class ViT(Backbone):
         """
         self.check_image(image_BCHW)
         if self.relative:
-            raise SettingError("relative position bias knows whole grids only, and here visible patches are encoded alone; set "
-                               'backbone.overrides to {"use_rel_pos_bias": false, "use_abs_pos_emb": true}')  # fmt: skip
+            raise SettingError("relative position bias knows whole grids only, and here visible patches are encoded alone; set, among "
+                               "backbone.overrides, use_rel_pos_bias, use_shared_rel_pos_bias to false and use_abs_pos_emb to true")
         x_BND = self.patch_embed(image_BCHW, None, visible_BN)
         for block in self.blocks:
             x_BND = self.run_block(block, x_BND, None)
@@ -265,7 +265,7 @@ class PatchEmbedding(nn.Module):
         """Of [CLS] and [DIST] if they have any, and of the visible patches, (B, N, D)."""
         first = 0 if self.patches_only else self.num_prefix
         prefix_BN = torch.arange(first, device=visible_BN.device).expand(len(visible_BN), -1)
-        # F.embedding and not table[index], as for bias tables below
+        # not table[index]: see `RelativePositionBias.forward`
         return F.embedding(torch.cat([prefix_BN, visible_BN + first], 1), self.pos_embed[0])  # type: ignore[index]
 
     def resized_from(self, other: "PatchEmbedding") -> dict[str, Tensor]:

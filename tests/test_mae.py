@@ -209,6 +209,15 @@ def test_relative_position_bias_is_refused(overrides):
         backbone.forward_visible(torch.zeros(1, 3, 20, 20), torch.zeros(1, 3, dtype=torch.int64))
 
 
+@torch.no_grad()
+def test_a_beit_without_it_is_encoded():
+    absolute = {"use_rel_pos_bias": False, "use_shared_rel_pos_bias": False, "use_abs_pos_emb": True}
+    backbone = perturb_(create_backbone("beit_base_patch16_224", image_size=20, **NET, **absolute)).eval()
+    image_BCHW = torch.randn(1, 3, 20, 20, generator=torch.Generator().manual_seed(1))
+    tokens_BND = backbone.forward_visible(image_BCHW, torch.arange(25)[None])
+    assert torch.equal(tokens_BND[:, 1:].mT, backbone.forward_features(image_BCHW).map_BDhw.flatten(2))
+
+
 # Runs
 
 
@@ -267,7 +276,7 @@ SWIN = {"patch_size": 2, "embed_dim": 24, "depths": [1, 1], "num_heads": [2, 4],
     [
         ({"backbone__name": "swin_tiny_patch4_window7_224", "backbone__overrides": SWIN}, r"MAE .* swin_tiny_\w+ cannot; set"),
         ({"backbone__name": "timm:vit_tiny_patch16_224", "backbone__overrides": {"patch_size": 4}}, r"MAE .* timm:vit_tiny\w+ cannot; set"),
-        ({"backbone__name": "beit_base_patch16_224"}, r"relative position bias .* set backbone\.overrides to .*use_abs_pos_emb"),
+        ({"backbone__name": "beit_base_patch16_224"}, r"relative position bias .* use_abs_pos_emb to true"),
         ({"mae__ratio": 0}, r"mae\.ratio is 0.*; it must be in \(0, 1\)"),
         ({"mae__ratio": 0.99}, r"mae\.ratio is 0\.99, which hides all 16 cells of an image; at most 0\.937 leaves one to see"),
         ({"mae__decoder_embed_dim": 18}, r"mae\.decoder_embed_dim is 18, no multiple of 4 \(sine-cosine positions\); use 16"),
