@@ -21,7 +21,7 @@ def teacher(world, tmp_path_factory) -> Path:
 
 
 def beit2_arguments(world: Path, out: Path, **changes) -> list[str]:
-    return beit_arguments(world, out, **{"aggregation__layer": 0, "aggregation__head_layers": 1} | changes)
+    return beit_arguments(world, out, **{"aggregation__layer": 1, "aggregation__head_layers": 1} | changes)
 
 
 PRETRAININGS = {"beit2": beit2_arguments, "simmim": simmim_arguments, "mae": mae_arguments}
