@@ -103,7 +103,7 @@ def main() -> None:
         pack(given.photos or noise_photos(folder / "photos"), folder / "shards")
         index, tokenizer = open_index(folder / "shards"), DallE().eval().requires_grad_(False)
         views = PretrainViews(224, 112, Augmentation(jitter=0.4), BlockMasks((14, 14), HIDDEN))
-        terms, began = terms_of(views, index, "random", 0), time.perf_counter()
+        terms, began = terms_of(views, index, "random", "fp32", 0), time.perf_counter()
         CacheWriter(folder / "tokens", index, views, tokenizer, CPU, terms, count=VIEWS, batch_size=given.batch).write()
         spent = time.perf_counter() - began
         cached = CachedViews(open_cache(folder / "tokens", index, terms), views)
