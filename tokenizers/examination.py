@@ -99,7 +99,7 @@ def refuse_what_does_not_fit(tokenizer: ImageTokenizer, index: Index, images: in
 
 def fitting_size(index: Index, stride: int) -> int:
     """Return the largest whole number of cells that fits the smallest of the first images, up to about 256 pixels; one cell at least."""
-    sizes = [Picture(index.read(sample), index.channels).shape[1:] for sample in range(min(16, len(index)))]
+    sizes = [Picture(index.read(sample), index.channels, index.range).shape[1:] for sample in range(min(16, len(index)))]
     return max(1, min(LARGEST, *map(min, sizes)) // stride) * stride
 
 
