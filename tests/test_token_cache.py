@@ -173,6 +173,18 @@ def test_training_with_it_never_runs_the_tokenizer(world, tmp_path, monkeypatch)
     assert len(losses(tmp_path / "run")) == 3
 
 
+def test_beit_v2_learns_the_same_with_a_cache_of_its_own_views(world, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(SETTINGS | {"aggregation": {"layer": 1, "head_layers": 1}}))
+    make(world, tmp_path / "tokens", config=tmp_path / "recipe.yaml")
+    words = ["--config", str(tmp_path / "recipe.yaml"), "--data.index", str(world / "data"), "--tokenizer.path", str(world / "tokenizer"),
+             "--train.steps", "15", "--train.log_every", "1"]  # fmt: skip
+    online = run_here("beit2", [*words, "--out", str(tmp_path / "online")])
+    kept = run_here("beit2", [*words, "--out", str(tmp_path / "kept"), "--tokenizer.cache", str(tmp_path / "tokens")])
+    assert losses(online) == losses(kept)
+    with pytest.raises(SettingError, match="interpolation lanczos there, bicubic here"):
+        run_here("beit2", [*words, "--out", str(tmp_path / "beits"), *cached(world)])
+
+
 def test_numpy_and_webdataset_read_it_as_it_is(world):
     index, contents = open_index(world / "data"), read_contents(world / "tokens")
     keys, place = index.keys(np.arange(len(index))), 0
