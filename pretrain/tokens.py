@@ -3,7 +3,7 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import yaml
 
@@ -14,7 +14,6 @@ from mimetic.pretrain.recipe import Beit2Recipe, BeitRecipe
 if TYPE_CHECKING:
     import torch
 
-Recipe = TypeVar("Recipe", bound=BeitRecipe)
 EXAMPLE = "mimetic tokens runs/tokenizer shards/photos shards/photos-tokens --views 4 --config launch/recipes/beit_base_in1k.yaml"
 
 
@@ -29,7 +28,8 @@ def cache_tokens(tokenizer: str, shards: str, out: Path, *, views: int, config: 
         shards: as `data.index`.
         out: the folder of the cache.
         views: N.
-        config: the recipe that is to be trained with it, which settles the views and their seed.
+        config: the recipe that is to be trained with it, BEiT's or, if it has a section `aggregation`, BEiT v2's: it settles the views
+            and their seed.
         batch_size: images that the tokenizer gets at a time; the default is the recipe's.
         workers: processes that decode; the default is one a CPU.
         settings: `--a.b VALUE` that differ from the recipe's.
@@ -39,8 +39,10 @@ def cache_tokens(tokenizer: str, shards: str, out: Path, *, views: int, config: 
     """
     if views < 1 or (batch_size is not None and batch_size < 1):
         raise SettingError(f"--views is {views}, --batch-size {batch_size}; both must be 1 or more")
-    second = any(word.startswith("--aggregation") for word in settings) or _has_aggregation(config)
-    recipe = _parsed(Beit2Recipe if second else BeitRecipe, tokenizer, shards, out, config, settings)
+    _refuse_what_is_said_already(settings)
+    words = ["--config", str(config), "--tokenizer.path", tokenizer, "--data.index", shards, "--tokenizer.cache", "null", "--out", str(out)]
+    method = "beit2" if _aggregates(config, settings) else "beit"
+    recipe = parse(Beit2Recipe if method == "beit2" else BeitRecipe, example=EXAMPLE, argv=[*words, *settings]).recipe
 
     import torch
 
@@ -57,9 +59,9 @@ def cache_tokens(tokenizer: str, shards: str, out: Path, *, views: int, config: 
     workers = count_of(workers)
     refuse_to_overwrite(out)
     index = open_data(recipe.data)
-    script = beit2 if second else beit
-    objective, training, *_ = script.build(recipe, index, torch.device("cpu"))
-    assert isinstance(index, Index)  # `_parsed` sees to it
+    cpu = torch.device("cpu")
+    objective, training, *_ = beit2.build(recipe, index, cpu) if isinstance(recipe, Beit2Recipe) else beit.build(recipe, index, cpu)
+    assert isinstance(index, Index)  # the words above see to it
     assert isinstance(training, PretrainViews)
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), _device()
     writer = CacheWriter(out, index, training, frozen(objective.tokenizer, device)[0], device,
@@ -73,33 +75,26 @@ def cache_tokens(tokenizer: str, shards: str, out: Path, *, views: int, config: 
     notes += ["other processes may still be writing theirs"] if world > 1 else []
     if rank == 0:
         print(f"{contents.views} views of {len(index):,} images in {out}: {'; '.join(notes)}\n"
-              f"next: pretrain/{'beit2' if second else 'beit'}.py --config {config} --tokenizer.path {tokenizer} --data.index {shards} "
-              f"--tokenizer.cache {out}{''.join(f' {word}' for word in settings)}; {contents.views} epochs see each view once")  # fmt: skip
+              f"next: pretrain/{method}.py --config {config} --tokenizer.path {tokenizer} --data.index {shards} --tokenizer.cache {out}"
+              f"{''.join(f' {word}' for word in settings)}; {contents.views} epochs see each view once")  # fmt: skip
 
 
-def _has_aggregation(config: Path) -> bool:
-    """Whether a recipe is BEiT v2's, which sees its images resized otherwise; False for what is no recipe: `parse` says why."""
-    try:
-        tree = yaml.safe_load(config.read_text())
-    except (OSError, ValueError, yaml.YAMLError):
-        return False
-    return isinstance(tree, dict) and "aggregation" in tree
-
-
-def _parsed(recipe_class: type[Recipe], tokenizer: str, shards: str, out: Path, config: Path, settings: Sequence[str]) -> Recipe:
-    """The recipe, of this tokenizer and these images.
-
-    Raises:
-        SettingError: as `parse` does, or settings contradict the command's own words.
-    """
-    given = {"tokenizer.path": tokenizer, "data.index": shards, "tokenizer.cache": "null", "out": str(out)}
+def _refuse_what_is_said_already(settings: Sequence[str]) -> None:
+    """Raises SettingError for settings that contradict the command's own words, or mean nothing here."""
     for word in settings:
         name = word.removeprefix("--").partition("=")[0]
-        if name in (*given, "data.mix", "config", "resume", "allow", "dry-run"):
+        if name in ("tokenizer.path", "tokenizer.cache", "data.index", "data.mix", "config", "out", "resume", "allow", "dry-run"):
             raise SettingError(f"--{name} is nothing that `mimetic tokens` takes: TOKENIZER, SHARDS, OUT and --config say what it reads "
                                "and writes; leave it out")  # fmt: skip
-    words = [word for name, value in given.items() for word in (f"--{name}", value)]
-    return parse(recipe_class, example=EXAMPLE, argv=["--config", str(config), *words, *settings]).recipe
+
+
+def _aggregates(config: Path, settings: Sequence[str]) -> bool:
+    """Whether a recipe has the section that only BEiT v2's has; one that cannot be read is for `parse` to refuse."""
+    try:
+        sections = yaml.safe_load(config.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        sections = None
+    return (isinstance(sections, dict) and "aggregation" in sections) or any(word.startswith("--aggregation.") for word in settings)
 
 
 def _device() -> "torch.device":

@@ -159,23 +159,6 @@ def test_losses_of_a_training_are_the_same_to_the_bit_with_and_without_it(world,
     assert all(len(values) == 2 for values in accuracy)
 
 
-def test_a_beit_v2_recipe_has_its_views_and_losses_too(world, tmp_path, capsys):
-    """Its tokenizer's view is resized bicubically; that the recipe is BEiT v2's is told by its own section, or a setting of it."""
-    (tmp_path / "second.yaml").write_text(yaml.safe_dump(SETTINGS | {"aggregation": {"layer": 1, "head_layers": 1}}))
-    make(world, tmp_path / "tokens", config=tmp_path / "second.yaml")
-    assert "next: pretrain/beit2.py" in capsys.readouterr().out
-    make(world, tmp_path / "same", VIEWS, "--aggregation.layer", "1")
-    assert contents_of(tmp_path / "same") == contents_of(tmp_path / "tokens")
-    assert read_contents(tmp_path / "tokens").terms["interpolation"] == "bicubic"
-    changes = {"aggregation__layer": 1, "aggregation__head_layers": 1, "train__steps": 4, "train__log_every": 1, "seed": 3,
-               "views__crop_low": 0.3, "views__shift": 2, "views__jitter": 0.4}  # fmt: skip
-    online = run_here("beit2", beit_arguments(world, tmp_path / "online", **changes))
-    kept = run_here("beit2", beit_arguments(world, tmp_path / "cached", **changes, tokenizer__cache=tmp_path / "tokens"))
-    assert losses(online) == losses(kept)
-    with pytest.raises(SettingError, match=r"interpolation bicubic there, lanczos here"):
-        batches_of(world, 1, *cached(tmp_path))
-
-
 def test_training_with_it_never_runs_the_tokenizer(world, tmp_path, monkeypatch):
     from mimetic.tokenizers.dvae import DVAE
 
@@ -189,6 +172,21 @@ def test_training_with_it_never_runs_the_tokenizer(world, tmp_path, monkeypatch)
     with pytest.raises(AssertionError):  # the picture at the end shows true tokens of held-out images
         run_here("beit", arguments)
     assert len(losses(tmp_path / "run")) == 3
+
+
+def test_beit_v2_learns_the_same_with_a_cache_of_its_own_views(world, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(SETTINGS | {"aggregation": {"layer": 1, "head_layers": 1}}))
+    make(world, tmp_path / "tokens", config=tmp_path / "recipe.yaml")
+    assert "next: pretrain/beit2.py" in capsys.readouterr().out
+    make(world, tmp_path / "same", VIEWS, "--aggregation.layer", "1")
+    assert contents_of(tmp_path / "same") == contents_of(tmp_path / "tokens")
+    words = ["--config", str(tmp_path / "recipe.yaml"), "--data.index", str(world / "data"), "--tokenizer.path", str(world / "tokenizer"),
+             "--train.steps", "15", "--train.log_every", "1"]  # fmt: skip
+    online = run_here("beit2", [*words, "--out", str(tmp_path / "online")])
+    kept = run_here("beit2", [*words, "--out", str(tmp_path / "kept"), "--tokenizer.cache", str(tmp_path / "tokens")])
+    assert losses(online) == losses(kept)
+    with pytest.raises(SettingError, match="interpolation lanczos there, bicubic here"):
+        run_here("beit2", [*words, "--out", str(tmp_path / "beits"), *cached(world)])
 
 
 def test_numpy_and_webdataset_read_it_as_it_is(world):
