@@ -22,8 +22,9 @@ from mimetic.data.opening import open_set
 from mimetic.data.picture import in_unit_range
 from mimetic.data.stream import ShardStream
 from mimetic.data.views import ClassifyViews
-from mimetic.tokenizers.dalle import DalleTokenizer, map_pixels
+from mimetic.tokenizers.dalle import DalleTokenizer
 from mimetic.tokenizers.files import open_tokenizer
+from mimetic.tokenizers.logit_laplace import map_pixels
 
 GOALS = {"ratio": 2.0, "equal": 0.995}
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from mimetic.backbones.catalog import create_backbone
 from mimetic.backbones.contract import TABLE, Backbone
 from mimetic.backbones.vit import ViT
-from mimetic.data.picture import in_unit_range
 from mimetic.data.views import Normalize
 from mimetic.engine.errors import SettingError
 from mimetic.engine.objective import StepOutput
@@ -48,7 +47,7 @@ class PatchAggregation(MaskedImageModeling):
 
     def forward(self, batch: Mapping[str, Any]) -> StepOutput:
         """As `MaskedImageModeling.forward`. `masked_accuracy` is that of the last patches, `aggregated_` what the extra blocks reach."""
-        ids_BPQ = self.tokenizer.encode(in_unit_range(batch["target"]))
+        ids_BPQ = self.tokens(batch)
         last_BND, (early_BDPQ,) = self.backbone.forward_tokens(self.normalize(batch["image"]), batch["hidden"], [self.layer - 1])
         late = self.predict(self._map(last_BND), ids_BPQ, batch)
         aggregated = self.predict(self._map(self._aggregate(last_BND[:, :1], early_BDPQ)), ids_BPQ, batch)

@@ -59,6 +59,7 @@ def assemble(recipe: BeitRecipe, index: "Index | Mixture", device: "torch.device
     from mimetic.data.masks import mask_generator
     from mimetic.data.views import UNALTERED, Augmentation, Normalize, PretrainViews
     from mimetic.pretrain.mim import TokenHead, check_grids
+    from mimetic.tokenizers.contract import only_size
     from mimetic.tokenizers.files import open_tokenizer
 
     tokenizer = open_tokenizer(recipe.tokenizer.path, recipe.tokenizer.precision)
@@ -75,6 +76,10 @@ def assemble(recipe: BeitRecipe, index: "Index | Mixture", device: "torch.device
     if target_size % tokenizer.stride:
         raise SettingError(f"views.target_size {target_size} is no multiple of the tokenizer's stride {tokenizer.stride}; use "
                            f"{backbone.mask_grid[0] * tokenizer.stride}")  # fmt: skip
+    if (side := only_size(tokenizer)) not in (None, target_size):
+        raise SettingError(f"the tokenizer {recipe.tokenizer.path} takes images of {side} pixels alone and would get {target_size}; take a "
+                           f"backbone of {side // tokenizer.stride} cells a side and views.target_size {side}, or train a tokenizer at "
+                           f"{target_size} pixels")  # fmt: skip
     grid = (target_size // tokenizer.stride,) * 2
     head = TokenHead(backbone.embed_dim, tokenizer.vocab_size, mask.count, check_grids(backbone, grid, tokenizer.stride))
     normalize = Normalize(tuple(views.mean or index.mean), tuple(views.std or index.std)).for_channels(index.channels)

@@ -98,10 +98,14 @@ class MaskedImageModeling(Objective):
         return self._tokenizer[0]
 
     def forward(self, batch: Mapping[str, Any]) -> StepOutput:
-        """`image`, `target` uint8 (B, C, H, W), or cached `ids` int64 (B, P, Q) for it, `hidden` bool (B, P, Q), `valid` bool (B,)."""
-        ids_BPQ = batch["ids"] if "ids" in batch else self.tokenizer.encode(in_unit_range(batch["target"]))
+        """`image`, `target` (B, C, H, W), uint8 or in [0, 1], or its `ids` int64 (B, P, Q); `hidden` bool (B, P, Q); `valid` bool (B,)."""
+        ids_BPQ = self.tokens(batch)
         features = self.backbone.forward_features(self.normalize(batch["image"]), batch["hidden"])
         return self.predict(features.map_BDhw, ids_BPQ, batch)
+
+    def tokens(self, batch: Mapping[str, Any]) -> Tensor:
+        """The batch's ids_BPQ, cached or made here of its `target`."""
+        return batch["ids"] if "ids" in batch else self.tokenizer.encode(in_unit_range(batch["target"]))
 
     def predict(self, map_BDhw: Tensor, ids_BPQ: Tensor, batch: Mapping[str, Any]) -> StepOutput:
         """The cross-entropy of the head's logits at hidden cells; metrics over the valid images."""

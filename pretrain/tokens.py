@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from mimetic.engine.config import parse
 from mimetic.engine.errors import SettingError
-from mimetic.pretrain.recipe import BeitRecipe
+from mimetic.pretrain.recipe import Beit2Recipe, BeitRecipe
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +28,8 @@ def cache_tokens(tokenizer: str, shards: str, out: Path, *, views: int, config: 
         shards: as `data.index`.
         out: the folder of the cache.
         views: N.
-        config: the recipe that is to be trained with it, which settles the views and their seed.
+        config: the recipe that is to be trained with it, BEiT's or, if it has a section `aggregation`, BEiT v2's: it settles the views
+            and their seed.
         batch_size: images that the tokenizer gets at a time; the default is the recipe's.
         workers: processes that decode; the default is one a CPU.
         settings: `--a.b VALUE` that differ from the recipe's.
@@ -36,8 +39,10 @@ def cache_tokens(tokenizer: str, shards: str, out: Path, *, views: int, config: 
     """
     if views < 1 or (batch_size is not None and batch_size < 1):
         raise SettingError(f"--views is {views}, --batch-size {batch_size}; both must be 1 or more")
+    _refuse_what_is_said_already(settings)
     words = ["--config", str(config), "--tokenizer.path", tokenizer, "--data.index", shards, "--tokenizer.cache", "null", "--out", str(out)]
-    recipe = parse(BeitRecipe, example=EXAMPLE, argv=[*words, *settings]).recipe
+    method = "beit2" if _aggregates(config, settings) else "beit"
+    recipe = parse(Beit2Recipe if method == "beit2" else BeitRecipe, example=EXAMPLE, argv=[*words, *settings]).recipe
 
     import torch
 
@@ -46,7 +51,7 @@ def cache_tokens(tokenizer: str, shards: str, out: Path, *, views: int, config: 
     from mimetic.data.packing.workers import count_of
     from mimetic.data.views import PretrainViews
     from mimetic.engine.objective import frozen
-    from mimetic.pretrain.beit import build
+    from mimetic.pretrain import beit, beit2
     from mimetic.tokenizers.caching import CacheWriter, refuse_to_overwrite
     from mimetic.tokenizers.files import tokenizer_hash
     from mimetic.tokenizers.token_cache import terms_of
@@ -54,7 +59,8 @@ def cache_tokens(tokenizer: str, shards: str, out: Path, *, views: int, config: 
     workers = count_of(workers)
     refuse_to_overwrite(out)
     index = open_data(recipe.data)
-    objective, training, *_ = build(recipe, index, torch.device("cpu"))
+    cpu = torch.device("cpu")
+    objective, training, *_ = beit2.build(recipe, index, cpu) if isinstance(recipe, Beit2Recipe) else beit.build(recipe, index, cpu)
     assert isinstance(index, Index)  # the words above see to it
     assert isinstance(training, PretrainViews)
     rank, world, device = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), _device()
@@ -69,8 +75,26 @@ def cache_tokens(tokenizer: str, shards: str, out: Path, *, views: int, config: 
     notes += ["other processes may still be writing theirs"] if world > 1 else []
     if rank == 0:
         print(f"{contents.views} views of {len(index):,} images in {out}: {'; '.join(notes)}\n"
-              f"next: pretrain/beit.py --config {config} --tokenizer.path {tokenizer} --data.index {shards} --tokenizer.cache {out}; "
-              f"{contents.views} epochs see each view once")  # fmt: skip
+              f"next: pretrain/{method}.py --config {config} --tokenizer.path {tokenizer} --data.index {shards} --tokenizer.cache {out}"
+              f"{''.join(f' {word}' for word in settings)}; {contents.views} epochs see each view once")  # fmt: skip
+
+
+def _refuse_what_is_said_already(settings: Sequence[str]) -> None:
+    """Raises SettingError for settings that contradict the command's own words, or mean nothing here."""
+    for word in settings:
+        name = word.removeprefix("--").partition("=")[0]
+        if name in ("tokenizer.path", "tokenizer.cache", "data.index", "data.mix", "config", "out", "resume", "allow", "dry-run"):
+            raise SettingError(f"--{name} is nothing that `mimetic tokens` takes: TOKENIZER, SHARDS, OUT and --config say what it reads "
+                               "and writes; leave it out")  # fmt: skip
+
+
+def _aggregates(config: Path, settings: Sequence[str]) -> bool:
+    """Whether a recipe has the section that only BEiT v2's has; one that cannot be read is for `parse` to refuse."""
+    try:
+        sections = yaml.safe_load(config.read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        sections = None
+    return (isinstance(sections, dict) and "aggregation" in sections) or any(word.startswith("--aggregation.") for word in settings)
 
 
 def _device() -> "torch.device":

@@ -197,7 +197,7 @@ def test_both_views_are_one_where_size_and_interpolation_are():
 def vqkd_run(world, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("runs")
     teacher = run_here("beit", beit_arguments(world, folder / "teacher", train__steps=3))
-    return run_here("vqkd", vqkd_arguments(world, folder / "vqkd", teacher, train__steps=10))
+    return run_here("vqkd", vqkd_arguments(world, folder / "vqkd", teacher, train__steps=10, optim__lr=2e-4, vqkd__decay=0.9))
 
 
 def test_a_pretraining_learns_measures_and_goes_on_with_the_same_bits(world, vqkd_run, tmp_path):

@@ -1,5 +1,6 @@
 """DALL-E's dVAE against the package dall_e and transformers' FLAVA, and files of it from anywhere, hostile ones included."""
 
+import collections
 import copy
 import hashlib
 import json
@@ -211,7 +212,8 @@ def test_beit_pretrains_on_its_ids_in_either_precision(world, tmp_path):
     save_tokenizer(perturbed(DalleVAE(32, 1, 8, 1, 8)), tmp_path / "dalle")
     found = {}
     for precision in ("fp32", "bf16"):
-        arguments = beit_arguments(world, tmp_path / precision, train__steps=3, tokenizer__path=tmp_path / "dalle")
+        arguments = beit_arguments(world, tmp_path / precision, train__steps=3, tokenizer__path=tmp_path / "dalle",
+                                   tokenizer__accept_collapsed="true")  # fmt: skip
         found[precision] = losses(run_here("beit", [*arguments, "--tokenizer.precision", precision]))
     assert len(found["bf16"]) == len(found["fp32"]) == 3
     assert found["bf16"] == pytest.approx(found["fp32"], abs=0.1)
@@ -301,6 +303,7 @@ def test_states_that_are_not_this_network_are_refused_in_one_line(theirs, tmp_pa
         "more": (good | {"blocks.group_9.w": torch.zeros(1)}, r"group_9\.weight is \(1,\), and not expected"),
         "nan": (good | {name: torch.full_like(good[name], torch.nan)}, "not finite"),
         "integers": (good | {name: good[name].int()}, "torch.int32"),
+        "8 bits": (good | {name: good[name].to(torch.float8_e4m3fn)}, "torch.float8_e4m3fn"),
         "pretence": (good | {name: torch.zeros(1).expand(1 << 40)}, "claims 1,099,511,627,776 numbers"),
         "nothing": ({"weight": torch.zeros(1)}, "no tokenizer that is known here"),
         "flat": (good | {"blocks.input.w": torch.zeros(64)}, "holds no encoder"),
@@ -321,6 +324,35 @@ def test_states_that_are_not_this_network_are_refused_in_one_line(theirs, tmp_pa
         with pytest.raises(CheckpointError, match=file):
             import_tokenizer(tmp_path / file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_attributes_that_hide_a_tensors_methods_are_left_behind(theirs, tmp_path):
+    good = theirs[0].state_dict()
+    for method in ("numel", "isfinite", "detach", "element_size", "to", "contiguous"):
+        hiding = good["blocks.input.w"].clone()
+        setattr(hiding, method, collections.OrderedDict)
+        torch.save(good | {"blocks.input.w": hiding}, tmp_path / "state.pt")
+        assert torch.equal(read_state(tmp_path / "state.pt")[0]["encoder.input.weight"], good["blocks.input.w"])
+
+
+def test_modules_that_hold_each_other_again_and_again_are_walked_once(tmp_path):
+    """60 of them, each holding the next one twice: 2**60 names."""
+    module = b"cdall_e.encoder\nEncoder\n)\x81}X\x08\x00\x00\x00_modules}"
+    content = b"cdall_e.encoder\nEncoder\n)\x81q\x00"
+    for number in range(60):
+        content = (module + b"(X\x01\x00\x00\x00a" + content + b"X\x01\x00\x00\x00bh" + bytes([number]) + b"usbq" + bytes([number + 1]))
+    (tmp_path / "encoder.pkl").write_bytes(as_zip(b"\x80\x02" + content + b"."))
+    with pytest.raises(CheckpointError, match="no tokenizer that is known here"):
+        read_state(tmp_path / "encoder.pkl")
+
+
+def test_the_folder_of_the_source_is_not_written_over(theirs, tmp_path):
+    """It holds a model.safetensors, as a tokenizer's folder does, and nothing else."""
+    save_file(dict(theirs[0].state_dict()), tmp_path / "model.safetensors")
+    before = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(SettingError, match=r"there is model\.safetensors.*new folder"):
+        import_tokenizer(tmp_path, tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
 
 
 def test_an_import_takes_no_folder_of_somebody(pickles, imported, tmp_path, monkeypatch):

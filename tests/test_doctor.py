@@ -18,7 +18,8 @@ from PIL import Image
 from scipy.stats import entropy
 from sklearn.cluster import KMeans
 from sklearn.metrics import mutual_info_score, r2_score
-from tinyruns import beit_arguments, dvae_arguments, losses, run_here, structured
+from tinyruns import TINY, beit_arguments, dvae_arguments, losses, run_here, structured
+from torchvision.transforms.v2.functional import resize
 
 from mimetic.cli import dispatch
 from mimetic.data.opening import open_set
@@ -42,6 +43,7 @@ from mimetic.tokenizers.information import (
     position_information,
 )
 from mimetic.tokenizers.verdict import BLIND, COARSE, COLLAPSED, HEALTHY, judge, reference_of
+from mimetic.tokenizers.vqkd import VQKD
 
 SIDE, STRIDE = 16, 4
 
@@ -163,6 +165,24 @@ def test_tokens_of_cells_alone_move_along_with_their_cells():
     assert 0.1 < found["2 pixels"][0] < found["1 pixel"][0] < 1
     unmoved = stability(ByPlace(), image_KCHW, ByPlace().encode(image_KCHW))
     assert (unmoved["1 cell"][0], unmoved["1 pixel"][0]) == (0, 1)
+
+
+class OfOneSize(ByCell):
+    """As a net whose positions are of one grid."""
+
+    image_size = SIDE
+
+    def encode(self, image_BCHW):
+        assert image_BCHW.shape[2:] == (SIDE, SIDE)
+        return super().encode(image_BCHW)
+
+
+def test_a_tokenizer_of_one_size_is_moved_over_images_a_cell_larger():
+    image_KCHW = torch.from_numpy(structured(20, SIDE)[0])[:, None] / 255
+    found = stability(OfOneSize(), image_KCHW, OfOneSize().encode(image_KCHW))
+    larger_KCHW = resize(image_KCHW, [SIDE + STRIDE] * 2, antialias=False)
+    assert found == stability(ByCell(), larger_KCHW, ByCell().encode(larger_KCHW)) | {"flip": found["flip"]}
+    assert found["1 cell"][0] == found["flip"][0] == 1
 
 
 def test_chance_agreement_is_that_of_shuffled_tokens():
@@ -396,6 +416,22 @@ def test_many_channels_and_large_images_are_drawn_and_fit(tmp_path):
     examine(str(tmp_path / "tokenizer"), str(tmp_path / "data"), tmp_path / "out")
     for name in ("reconstructions", "tokens", "codes", "entropy"):
         assert colours((tmp_path / "out" / f"{name}.png").read_bytes()) > 20
+
+
+def test_a_tokenizer_of_one_size_that_does_not_decode_is_examined_too(place, tmp_path, monkeypatch, capsys):
+    torch.manual_seed(0)
+    vqkd = VQKD(16, 1, "vit_tiny_patch16_224", SIDE, TINY, code_width=8)
+    vqkd.start_codebook(torch.from_numpy(structured(100, SIDE)[0])[:, None] / 255)
+    save_tokenizer(vqkd, tmp_path / "vqkd")
+    command(monkeypatch, tmp_path / "vqkd", place / "held-out", "--out", tmp_path / "out")
+    told = capsys.readouterr().out
+    assert "this tokenizer does not decode" in told
+    assert "under 1 cell they move along" in told
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"doctor.json", "doctor.md", "tokens.png", "codes.png", "entropy.png"}
+    with pytest.raises(SettingError, match="--image-size 32: the tokenizer takes images of 16 pixels alone; leave it out"):
+        command(monkeypatch, tmp_path / "vqkd", place / "held-out", "--image-size", 32)
+    with pytest.raises(SettingError, match="takes images of 16 pixels alone and would get 32; take a backbone of 4 cells a side"):
+        run_here("beit", beit_arguments(place, tmp_path / "beit", tokenizer__path=tmp_path / "vqkd", backbone__image_size=32))
 
 
 def test_token_maps_and_sheets_show_what_they_say(domains):

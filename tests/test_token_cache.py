@@ -166,11 +166,27 @@ def test_training_with_it_never_runs_the_tokenizer(world, tmp_path, monkeypatch)
         raise AssertionError
 
     monkeypatch.setattr(DVAE, "encode", encode)
+    monkeypatch.setattr("mimetic.pretrain.screening.look_at_tokenizer", lambda *parts: None)  # it encodes, before the first step
     arguments = beit_arguments(world, tmp_path / "run", seed=3, views__crop_low=0.3, views__shift=2, train__steps=3, train__picture_every=9,
                                tokenizer__cache=world / "tokens")  # fmt: skip
     with pytest.raises(AssertionError):  # the picture at the end shows true tokens of held-out images
         run_here("beit", arguments)
     assert len(losses(tmp_path / "run")) == 3
+
+
+def test_beit_v2_learns_the_same_with_a_cache_of_its_own_views(world, tmp_path, capsys):
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(SETTINGS | {"aggregation": {"layer": 1, "head_layers": 1}}))
+    make(world, tmp_path / "tokens", config=tmp_path / "recipe.yaml")
+    assert "next: pretrain/beit2.py" in capsys.readouterr().out
+    make(world, tmp_path / "same", VIEWS, "--aggregation.layer", "1")
+    assert contents_of(tmp_path / "same") == contents_of(tmp_path / "tokens")
+    words = ["--config", str(tmp_path / "recipe.yaml"), "--data.index", str(world / "data"), "--tokenizer.path", str(world / "tokenizer"),
+             "--train.steps", "15", "--train.log_every", "1"]  # fmt: skip
+    online = run_here("beit2", [*words, "--out", str(tmp_path / "online")])
+    kept = run_here("beit2", [*words, "--out", str(tmp_path / "kept"), "--tokenizer.cache", str(tmp_path / "tokens")])
+    assert losses(online) == losses(kept)
+    with pytest.raises(SettingError, match="interpolation lanczos there, bicubic here"):
+        run_here("beit2", [*words, "--out", str(tmp_path / "beits"), *cached(world)])
 
 
 def test_numpy_and_webdataset_read_it_as_it_is(world):
@@ -371,6 +387,9 @@ def test_a_training_goes_on_only_with_the_tokens_it_began_with(world, tmp_path):
     (["--views", "0"], "--views is 0, --batch-size None; both must be 1 or more"),
     (["--views", "2", "--views.crop_lo", "1"], "unknown setting --views.crop_lo (did you mean views.crop_low?)"),
     (["--views", "2", "--workers", "0"], "--workers is 0; it must be 1 or more"),
+    *((["--views", "2", *words], f"{words[0].partition('=')[0]} is nothing that `mimetic tokens` takes: TOKENIZER, SHARDS, OUT and "
+       "--config say what it reads and writes; leave it out")
+      for words in (["--tokenizer.path", "a"], ["--data.index=a"], ["--dry-run"], ["--tokenizer.cache", "a"], ["--out", "a"])),
 ])  # fmt: skip
 def test_the_command_answers_in_one_line(world, tmp_path, monkeypatch, words, line):
     monkeypatch.setattr("sys.argv", ["mimetic", "tokens", str(world / "tokenizer"), str(world / "data"), str(tmp_path / "out"),
@@ -391,6 +410,6 @@ def test_the_command_says_what_it_takes_and_how_to_go_on(world, tmp_path, monkey
     assert told[0].startswith("tokens of 600 views in 4 files, ")
     assert "a batch of 16 takes" in told[0]
     assert told[1] == f"3 views of 200 images in {tmp_path}/out: 4 files, {size / 1e6:.1f} MB"
-    assert f"--tokenizer.cache {tmp_path}/out; 3 epochs see each view once" in told[2]
+    assert f"--tokenizer.cache {tmp_path}/out --views.flip 0; 3 epochs see each view once" in told[2]
     assert read_contents(tmp_path / "out").terms["views.flip"] == 0.0
     assert abs(float(told[0].split("files, ")[1].split(" MB")[0]) - size / 1e6) < 0.1

@@ -71,6 +71,18 @@ def test_assignment_straight_through_gradient_and_commitment():
     assert np.abs(z_MD.grad.numpy() - wanted).max() < 1e-6
 
 
+def test_codes_are_chosen_in_fp32_under_autocast_too():
+    """Features of a young encoder are much alike: cosines that bf16 cannot tell apart."""
+    codebook = SphericalCodebook(64, 8)
+    codebook.codes_VD.copy_(F.normalize(torch.ones(8) + 0.05 * noise(64, 8)))
+    z_MD = F.normalize(torch.ones(8) + 0.05 * noise(500, 8, seed=1))
+    with torch.autocast("cpu", torch.bfloat16):
+        code_MD, ids_M, commitment = codebook.quantize(z_MD)
+        assert (codebook.nearest(z_MD) != ids_M).float().mean() > 0.3
+    assert torch.equal(ids_M, codebook.nearest(z_MD))
+    assert {code_MD.dtype, commitment.dtype} == {torch.float32}
+
+
 def test_codes_follow_their_features_as_the_equations_say():
     """Two steps; a code that nothing is nearest to keeps its place to the bit."""
     codebook = SphericalCodebook(6, 4)
@@ -270,7 +282,7 @@ def test_unfit_images_and_settings_are_named():
         vqkd.encode(torch.rand(2, 3, 16, 16))
     with pytest.raises(SettingError, match=r"height 18 .*stride 4"):
         vqkd.encode(torch.rand(2, 1, 18, 16))
-    with pytest.raises(SettingError, match=r"32x32.*16x16"):
+    with pytest.raises(SettingError, match=r"the tokenizer takes images of 16x16 pixels alone, and got 32x32"):
         vqkd.encode(torch.rand(2, 1, 32, 32))
     with pytest.raises(SettingError, match="16 cells cannot start 100 codes"):
         tiny_vqkd(100).start_codebook(torch.rand(1, 1, 16, 16))

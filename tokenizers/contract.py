@@ -48,6 +48,11 @@ class EncodesInAnyPrecision(ImageTokenizer, Protocol):
         ...
 
 
+def only_size(tokenizer: ImageTokenizer) -> int | None:
+    """The side in pixels of a tokenizer that takes square images of one size alone, its `image_size`; None for one that takes any."""
+    return getattr(tokenizer, "image_size", None)
+
+
 def check_image_fits(image_BCHW: Tensor, stride: int, channels: int) -> None:
     """Raise SettingError unless images have `channels` channels, sides that `stride` divides, and floats in [0, 1].
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mimetic.tokenizers.contract import check_image_fits
+from mimetic.tokenizers.logit_laplace import map_pixels, unmap_pixels
 
-MARGIN = 0.1  # pixels live in [MARGIN, 1 - MARGIN] inside, where the logit-Laplace likelihood is finite (appendix A.3)
 GROUPS = 4
 
 
@@ -143,16 +143,6 @@ def build_decoder(vocab_size: int, in_channels: int, n_hid: int, n_blk_per_group
     groups = _groups(widths, (1, 3, 3, 3), n_blk_per_group, ("upsample", nn.Upsample(scale_factor=2, mode="nearest")))
     output = _named(relu=nn.ReLU(), conv=nn.Conv2d(widths[-1], 2 * in_channels, 1))
     return _named(input=nn.Conv2d(vocab_size, n_init, 1), **groups, output=output)
-
-
-def map_pixels(x: Tensor) -> Tensor:
-    """[0, 1] to [MARGIN, 1 - MARGIN]."""
-    return (1 - 2 * MARGIN) * x + MARGIN
-
-
-def unmap_pixels(x: Tensor) -> Tensor:
-    """[MARGIN, 1 - MARGIN] to [0, 1]; what is beyond is clamped."""
-    return ((x - MARGIN) / (1 - 2 * MARGIN)).clamp(0, 1)
 
 
 def _groups(widths: list[int], kernels: tuple[int, int, int, int], blocks: int, resize: tuple[str, nn.Module]) -> dict[str, nn.Module]:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor
 
 from mimetic.tokenizers.clustering import kmeans, nearest
-from mimetic.tokenizers.contract import ImageTokenizer
+from mimetic.tokenizers.contract import ImageTokenizer, only_size
 from mimetic.tokenizers.information import (
     entropy_bits,
     guess_from_surroundings,
@@ -128,7 +129,7 @@ def collect(tokenizer: ImageTokenizer, batches: Iterable[Tensor], keep: int = KE
     for image_BCHW in batches:
         ids.append(tokenizer.encode(image_BCHW))
         blank.append(blank_cells(image_BCHW, tokenizer.stride))
-        room = min(keep, KEPT_VALUES // image_BCHW[0].numel()) - sum(len(images) for images in kept)
+        room = min(keep, max(2, KEPT_VALUES // image_BCHW[0].numel())) - sum(len(images) for images in kept)
         kept.append(image_BCHW[: max(0, room)])
         pixels_CM = rearrange(image_BCHW, "B C H W -> C (B H W)").double()
         sums = [torch.full_like(pixels_CM[:, 0], pixels_CM.shape[1]), pixels_CM.sum(1), pixels_CM.square().sum(1)]
@@ -181,12 +182,16 @@ def measure(tokenizer: ImageTokenizer, seen: Specimens, *, shifts: bool = True) 
 def stability(tokenizer: ImageTokenizer, image_KCHW: Tensor, ids_KPQ: Tensor) -> dict[str, tuple[float, float]]:
     """Return (share of tokens that stay, what chance would do) under shifts and a flip.
 
-    Shifted are two crops of the same pixels, one cell smaller than the image, so that nothing has to be made up at the border.
+    Shifted are two crops of the same pixels, one cell smaller than the image, so that nothing has to be made up at the border. For a
+    tokenizer that takes one size alone the image is enlarged by a cell before.
     """
-    stride, (height, width) = tokenizer.stride, (side - tokenizer.stride for side in image_KCHW.shape[2:])
+    stride, larger_KCHW = tokenizer.stride, image_KCHW
+    if only_size(tokenizer):
+        larger_KCHW = F.interpolate(image_KCHW, [side + stride for side in image_KCHW.shape[2:]], mode="bilinear")
+    height, width = (side - stride for side in larger_KCHW.shape[2:])
     found: dict[str, tuple[float, float]] = {}
     if min(height, width) >= 2 * stride:
-        still, *moved = (in_parts(tokenizer.encode, image_KCHW[..., by : by + height, by : by + width])
+        still, *moved = (in_parts(tokenizer.encode, larger_KCHW[..., by : by + height, by : by + width])
                          for by in (0, 1, max(1, stride // 2), stride))  # fmt: skip
         names = ["1 pixel", f"{max(1, stride // 2)} pixels", "1 cell"]
         for name, ids in zip(names, moved, strict=True):

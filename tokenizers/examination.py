@@ -20,7 +20,7 @@ from mimetic.data.views import ClassifyViews
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import CheckpointError, DataError, SettingError
 from mimetic.engine.words import duration
-from mimetic.tokenizers.contract import ImageTokenizer
+from mimetic.tokenizers.contract import ImageTokenizer, only_size
 from mimetic.tokenizers.doctor import collect, measure
 from mimetic.tokenizers.drawings import draw
 from mimetic.tokenizers.files import open_tokenizer, provenance_of, tokenizer_hash
@@ -54,7 +54,7 @@ def examine(path: str, shards: str, out: Path | None = None, images: int = 512, 
     tokenizer, index = open_tokenizer(path), open_set(shards)
     provenance = provenance_of(path)
     reference = reference_in(provenance, path)
-    size = image_size or provenance.get("image_size") or fitting_size(index, tokenizer.stride)
+    size = image_size or only_size(tokenizer) or provenance.get("image_size") or fitting_size(index, tokenizer.stride)
     refuse_what_does_not_fit(tokenizer, index, images, size)
     images = min(images, len(index))
     title = (f"tokenizer {path} ({tokenizer.vocab_size:,} codes, cells of {tokenizer.stride} pixels) on {images:,} of the {len(index):,} "
@@ -95,11 +95,13 @@ def refuse_what_does_not_fit(tokenizer: ImageTokenizer, index: Index, images: in
         raise SettingError(f"--images {images}: a tokenizer is judged on two images or more; give some hundred")
     if size < 1 or size % stride:
         raise SettingError(f"--image-size {size} is no multiple of the tokenizer's stride {stride}; use {max(1, size // stride) * stride}")
+    if only_size(tokenizer) not in (None, size):
+        raise SettingError(f"--image-size {size}: the tokenizer takes images of {only_size(tokenizer)} pixels alone; leave it out")
 
 
 def fitting_size(index: Index, stride: int) -> int:
     """Return the largest whole number of cells that fits the smallest of the first images, up to about 256 pixels; one cell at least."""
-    sizes = [Picture(index.read(sample), index.channels).shape[1:] for sample in range(min(16, len(index)))]
+    sizes = [Picture(index.read(sample), index.channels, index.range).shape[1:] for sample in range(min(16, len(index)))]
     return max(1, min(LARGEST, *map(min, sizes)) // stride) * stride
 
 

@@ -21,6 +21,7 @@ from mimetic.tokenizers.dalle import DalleTokenizer, DalleVAE
 from mimetic.tokenizers.files import CONFIG, WEIGHTS, save_tokenizer
 
 State = dict[str, Tensor]
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MODULES = ("dall_e.encoder.Encoder", "dall_e.encoder.EncoderBlock", "dall_e.decoder.Decoder", "dall_e.decoder.DecoderBlock",
            "dall_e.utils.Conv2d", "torch.nn.modules.container.Sequential", "torch.nn.modules.activation.ReLU",
            "torch.nn.modules.linear.Identity", "torch.nn.modules.pooling.MaxPool2d", "torch.nn.modules.upsampling.Upsample")  # fmt: skip
@@ -75,9 +76,7 @@ def read_state(file: Path) -> tuple[State, str]:
     state = _renamed(found)
     if not state:
         raise CheckpointError(f"{file} holds no tokenizer that is known here; it may be {FORMATS}")
-    for name, tensor in state.items():
-        _check_tensor(file, name, tensor)
-    return {name: tensor.detach().to(torch.float32, copy=True).contiguous() for name, tensor in state.items()}, kind
+    return {name: _numbers(file, name, tensor) for name, tensor in state.items()}, kind
 
 
 def built(state: State, named: str) -> DalleTokenizer:
@@ -144,7 +143,7 @@ def _pickled(file: Path) -> tuple[State, str]:
             content = torch.load(file, map_location="cpu", weights_only=True)
         return dict(_tensors(content)), "pickled module" if type(content) is _Recorded else "pickled state"
     except Exception as error:  # the reader meets whatever bytes there are
-        told = str(error)
+        told = str(error) or type(error).__name__
     if asked := re.search(r"GLOBAL (\S+) was not|GLOBAL (\S+) whose", told):
         raise CheckpointError(f"{file} is refused: it asks for {(asked[1] or asked[2])[:80]}, which no tokenizer needs; nothing of it was "
                               f"run. Get the file from where it was published; it may be {FORMATS}")  # fmt: skip
@@ -163,33 +162,38 @@ def _tensors(content: Any) -> Iterator[tuple[str, Tensor]]:
     if isinstance(content, dict):
         yield from ((name, value) for name, value in content.items() if type(name) is str and isinstance(value, Tensor))
     elif type(content) is _Recorded:
-        yield from _of_module(content.__dict__, "")
+        yield from _of_module(content, "", set())
 
 
-def _of_module(attributes: dict[str, Any], prefix: str) -> Iterator[tuple[str, Tensor]]:
+def _of_module(module: _Recorded, prefix: str, seen: set[int]) -> Iterator[tuple[str, Tensor]]:
+    """Each module once: a few that hold each other several times would make more names than can be walked."""
+    attributes = {} if id(module) in seen else module.__dict__
+    seen.add(id(module))
     for name, value in dict(attributes.get("_parameters") or {}).items():
         if isinstance(value, Tensor):
             yield f"{prefix}{name}", value
     for name, value in dict(attributes.get("_modules") or {}).items():
         if type(value) is _Recorded:
-            yield from _of_module(value.__dict__, f"{prefix}{name}.")
+            yield from _of_module(value, f"{prefix}{name}.", seen)
 
 
-def _check_tensor(file: Path, name: str, tensor: Tensor) -> None:
-    """Refuses what is no plain array of numbers, such as one number that pretends to be a terabyte."""
-    plain = type(tensor) in (Tensor, torch.nn.Parameter) and tensor.layout == torch.strided and not tensor.is_nested
-    if not plain or not tensor.is_floating_point():
-        raise CheckpointError(f"{file}: {name} is {tensor.dtype}, {tensor.layout}, not a plain array of floats; get the file again")
+def _numbers(file: Path, name: str, found: Tensor) -> Tensor:
+    """A tensor's numbers in fp32; refuses what is no plain array of them, such as one number that pretends to be a terabyte."""
+    plain = type(found) in (Tensor, torch.nn.Parameter) and found.layout == torch.strided and not found.is_nested
+    if not plain or found.dtype not in FLOATS:
+        raise CheckpointError(f"{file}: {name} is {found.dtype}, {found.layout}, not a plain array of floats; get the file again")
+    tensor = Tensor.detach(found)  # without attributes from the file, which would hide methods of their name
     if tensor.device.type != "cpu" or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
         raise CheckpointError(f"{file}: {name} claims {tensor.numel():,} numbers and does not hold them; get the file again")
     if not tensor.isfinite().all():
         raise CheckpointError(f"{file}: {name} holds numbers that are not finite; get the file again")
+    return tensor.to(torch.float32, copy=True).contiguous()
 
 
 def _check_free(out: Path) -> None:
-    """A folder is written anew as a whole: it must not be somebody's."""
-    others = {path.name for path in out.iterdir()} - {CONFIG, WEIGHTS} if out.is_dir() else {out.name} if out.exists() else set()
-    if others:
+    """A folder is written anew as a whole: it must not be somebody's, such as the one that the weights are read from."""
+    found = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
+    if others := found - ({CONFIG, WEIGHTS} if CONFIG in found else set()):
         raise SettingError(f"{out} is no folder of a tokenizer alone (there is {min(others)}); name a new folder")
 
 

@@ -42,9 +42,10 @@ class SphericalCodebook(nn.Module):
             (code_MD, ids_M, commitment): the codes, whose gradient goes straight through to the features; the mean squared
             difference between features and codes, which pulls at the features only.
         """
-        ids_M = self.nearest(z_MD.detach())
-        code_MD = F.embedding(ids_M, self.codes_VD)
-        return z_MD + (code_MD - z_MD).detach(), ids_M, F.mse_loss(z_MD, code_MD)
+        with torch.autocast(z_MD.device.type, enabled=False):  # as `VQKD.encode` does: bf16 knows cosines near 1 to 0.004 only
+            ids_M = self.nearest(z_MD.detach())
+            code_MD = F.embedding(ids_M, self.codes_VD)
+            return z_MD + (code_MD - z_MD).detach(), ids_M, F.mse_loss(z_MD, code_MD)
 
     def statistics(self, z_MD: Tensor, ids_M: Tensor) -> tuple[Tensor, Tensor]:
         """(counts_V, sums_VD): how many features each code has, and their sum; of this process alone."""

@@ -51,6 +51,7 @@ class VQKD(nn.Module):
         if height // rows != width // columns:
             raise SettingError(f"the encoder {backbone} has cells of {height // rows}x{width // columns} pixels; they must be square")
         self.vocab_size, self.in_channels, self.code_width, self.stride = vocab_size, in_channels, code_width, height // rows
+        self.image_size = height
         freeze_unused(self.encoder)
         self.projection = task_layer(self.encoder.embed_dim, code_width)
         self.codebook = SphericalCodebook(vocab_size, code_width)
@@ -60,7 +61,7 @@ class VQKD(nn.Module):
         """The constructor's arguments: `VQKD(**config)` has this one's shapes."""
         built = self.encoder.config
         return {"vocab_size": self.vocab_size, "in_channels": self.in_channels, "backbone": built["name"],
-                "image_size": self.encoder.image_size[0], "overrides": built["overrides"], "code_width": self.code_width}  # fmt: skip
+                "image_size": self.image_size, "overrides": built["overrides"], "code_width": self.code_width}  # fmt: skip
 
     @torch.no_grad()
     def encode(self, image_BCHW: Tensor) -> Tensor:
@@ -77,6 +78,9 @@ class VQKD(nn.Module):
     def features(self, image_BCHW: Tensor) -> Tensor:
         """Return z_BDPQ of unit length, of images in [0, 1]; the projection is computed in fp32, as the authors do."""
         check_image_fits(image_BCHW, self.stride, self.in_channels)
+        if image_BCHW.shape[-2:] != self.encoder.image_size:
+            raise SettingError(f"the tokenizer takes images of {self.image_size}x{self.image_size} pixels alone, and got "
+                               f"{image_BCHW.shape[-2]}x{image_BCHW.shape[-1]}: resize them")  # fmt: skip
         map_BEPQ = self.encoder.forward_features(2 * image_BCHW - 1).map_BDhw
         with torch.autocast(image_BCHW.device.type, enabled=False):
             z_BPQD = F.normalize(self.projection(rearrange(map_BEPQ.float(), "B E P Q -> B P Q E")), dim=-1)

@@ -17,7 +17,7 @@ from mimetic.engine.objective import Objective, StepOutput, frozen
 from mimetic.engine.pictures import contact_sheet
 from mimetic.engine.run import Record
 from mimetic.engine.runtime import add_up
-from mimetic.tokenizers.dvae import principal_components
+from mimetic.tokenizers.components import principal_components
 from mimetic.tokenizers.objective import only_valid
 from mimetic.tokenizers.spherical import DECAY
 from mimetic.tokenizers.teachers import Teacher
