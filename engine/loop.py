@@ -49,7 +49,8 @@ class Evaluation:
 
 
 def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], kind: str, accelerator: "Accelerator",
-          title: str, evaluation: Evaluation | None = None, shown: Mapping[str, Any] | None = None) -> bool:  # fmt: skip
+          title: str, evaluation: Evaluation | None = None, shown: Mapping[str, Any] | None = None,
+          look: Callable[[], None] | None = None) -> bool:  # fmt: skip
     """Trains to the end of the recipe, from the newest checkpoint of the run folder if there is one.
 
     Args:
@@ -59,6 +60,8 @@ def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], 
         title: what the first line says is going to happen.
         evaluation: what is measured on held-out images.
         shown: the batch that pictures are made of, such as held-out images; the default is the training batch at hand.
+        look: called once it is said what will happen, if no checkpoint is there to go on from: what it raises stops the start, with
+            nothing left behind.
 
     Returns:
         Whether it was trained; a dry run only says what would happen.
@@ -71,6 +74,8 @@ def train(objective: Objective, stream: Stream, *, invocation: Invocation[Any], 
         autocast(objective, accelerator.device, recipe.train.precision)
         start = look_ahead(accelerator, objective, stream, invocation, run)
         announce(accelerator, title, invocation, plan, stream, start)
+        if look and start.checkpoint is None:
+            look()
         if invocation.dry_run:
             return False
         sharing = share(accelerator, objective, recipe.optim, recipe.train.accumulate)

@@ -45,11 +45,6 @@ def finished(invocation: Invocation[Any]) -> bool:
     return done
 
 
-def begins(invocation: Invocation[Any]) -> bool:
-    """Whether it starts afresh, so that nothing is there yet to go on from."""
-    return invocation.resume is None and not any((invocation.out / "checkpoints").glob("step-*"))
-
-
 def run_pretraining(invocation: Invocation[Any], build: Build) -> None:
     """Builds the parts, trains, and leaves the backbone in `RUN/backbone`."""
     recipe = invocation.recipe
@@ -74,11 +69,13 @@ def run_pretraining(invocation: Invocation[Any], build: Build) -> None:
         best=best,
         lowest=lowest,
     )
-    if hasattr(recipe, "tokenizer") and begins(invocation):
+
+    def look() -> None:
         images = ShardStream(held_out, LOOKED_AT, seed=recipe.seed, transform=plain)
         look_at_tokenizer(objective.tokenizer, recipe.tokenizer, images, accelerator.device, accelerator.is_main_process)
+
     trained = train(objective, stream, invocation=invocation, kind="pretrain", accelerator=accelerator, title=title,
-                    evaluation=evaluation if recipe.evaluate_on else None,
+                    evaluation=evaluation if recipe.evaluate_on else None, look=look if hasattr(recipe, "tokenizer") else None,
                     shown=next(ShardStream(held_out, 12, shuffle=False, transform=plain).run(1)))  # fmt: skip
     if trained and accelerator.is_main_process:
         out = invocation.out / "backbone"
