@@ -44,5 +44,5 @@ def outside(raw: NDArray[Any], limits: Range) -> int:
 
 
 def as_typed(limits: Range) -> str:
-    """As it is typed after `--range`."""
-    return " ".join(f"{value:.7g}" for value in limits)
+    """As it is typed after `--range`: without exponents, since a command line takes -1e-05 for a flag."""
+    return " ".join(np.format_float_positional(float(value), 7, unique=False, fractional=False, trim="-") for value in limits)

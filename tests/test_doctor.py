@@ -411,6 +411,9 @@ def test_many_channels_and_large_images_are_drawn_and_fit(tmp_path):
     images = {f"{i:02d}.npy": as_npy(noise(i, 5, 5, 13).repeat(8, 0).repeat(9, 1)) for i in range(24)}
     pack(folder_of(tmp_path / "files", images), tmp_path / "data")
     assert fitting_size(open_set(tmp_path / "data"), 8) == 40
+    floats = {f"{number}.npy": as_npy(np.random.default_rng(number).random((47, 60, 2))) for number in range(3)}
+    pack(folder_of(tmp_path / "floats", floats), tmp_path / "deep", range=(0, 1))
+    assert fitting_size(open_set(tmp_path / "deep"), 8) == 40
     batch = next(iter(ShardStream(open_set(tmp_path / "data"), 24, transform=ClassifyViews(40, None))))
     save_tokenizer(trained(batch["image"] / 255, 16), tmp_path / "tokenizer")
     examine(str(tmp_path / "tokenizer"), str(tmp_path / "data"), tmp_path / "out")

@@ -1,5 +1,6 @@
 """dVAEs of any stride, codebook and number of channels; the logit-Laplace likelihood against the paper's formula."""
 
+import json
 import math
 from functools import partial
 
@@ -13,14 +14,14 @@ from test_dvae import digit_images, photo_crops, reconstruction_error, train
 from tinyruns import beit_arguments, dvae_arguments, lines, losses, run_here
 
 from mimetic.data.pack import pack
-from mimetic.engine.errors import SettingError
+from mimetic.engine.errors import CheckpointError, SettingError
 from mimetic.tokenizers import codebook as codebook_module
 from mimetic.tokenizers import components
 from mimetic.tokenizers import dvae as dvae_module
 from mimetic.tokenizers.clustering import kmeans
 from mimetic.tokenizers.components import principal_components
 from mimetic.tokenizers.dvae import DVAE
-from mimetic.tokenizers.files import open_tokenizer, save_tokenizer
+from mimetic.tokenizers.files import open_tokenizer, provenance_of, save_tokenizer
 from mimetic.tokenizers.logit_laplace import map_pixels, negative_log_likelihood, unmap_pixels
 from mimetic.tokenizers.usage import code_usage, count_codes
 
@@ -232,3 +233,16 @@ def test_too_few_images_for_the_codes_are_told_before_anything_starts(twelve_bit
         run_here("dvae", dvae_arguments(twelve_bits, tmp_path / "b", dvae__vocab_size=4096, dvae__seed_images=1000))
     with pytest.raises(SettingError, match=r"views.image_size 16 is no multiple of dvae.stride 32; use 32"):
         run_here("dvae", dvae_arguments(twelve_bits, tmp_path / "c", dvae__stride=32))
+    with pytest.raises(SettingError, match=r"^dvae\.loss is 'laplace'; it must be mse or logit_laplace$"):
+        run_here("dvae", dvae_arguments(twelve_bits, tmp_path / "d", dvae__loss="laplace"))
+
+
+@pytest.mark.parametrize("told", [{"kind": []}, {"kind": None}, {"arguments": [1]}, {"arguments": {"vocab_size": "many"}},
+                                  {"image_size": "large"}, {"reference": 5}])  # fmt: skip
+def test_whatever_a_tokenizers_json_says_is_one_line(tmp_path, told):
+    save_tokenizer(DVAE(8, 4, 1, width=8, code_width=4), tmp_path / "tokenizer")
+    file = tmp_path / "tokenizer/tokenizer.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | told))
+    look = open_tokenizer if told.keys() & {"kind", "arguments"} else provenance_of
+    with pytest.raises(CheckpointError, match="tokenizer"):
+        look(tmp_path / "tokenizer")

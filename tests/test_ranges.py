@@ -187,6 +187,18 @@ def test_arrays_of_unknown_range_are_refused_with_the_command_that_would_do(tmp_
         index_tars([tmp_path / "out"], tmp_path / "index")
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e9])
+def test_the_range_that_is_named_can_be_typed(tmp_path, scale):
+    """A command line takes -1e-06 for a flag."""
+    arrays = {f"{i}.npy": as_npy((scale * (deep(i, 4, 4, 2) - 2000.0)).astype(np.float32)) for i in range(4)}
+    with pytest.raises(DataError) as refusal:
+        pack(folder_of(tmp_path / "src", arrays), tmp_path / "out")
+    command = str(refusal.value).split("`")[1].split()
+    low, high = cli.parser().parse_args(command[1:]).range
+    assert low < 0 < high
+    assert pack(tmp_path / "src", tmp_path / "out", range=(low, high))["image"]["outside"] < 0.05
+
+
 def test_the_commands_as_they_are_typed(tmp_path, monkeypatch, capsys):
     source = folder_of(tmp_path / "src", {f"{i}.png": encoded(deep(i, 6, 6, low=0, high=1000)) for i in range(20)})
     said = typed(monkeypatch, capsys, "pack", source, tmp_path / "eight", "--workers", 1)

@@ -256,8 +256,8 @@ def _alone(folder: Path, rank: int) -> Iterator[None]:
         raise SettingError(f"{folder} cannot be written ({error.strerror}); give another folder") from None
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: workers inherit that, and outlive a killed process
+        except OSError:
             raise SettingError(f"{folder} is being written by another process; wait for it or end it, or give another folder") from None
         yield
 

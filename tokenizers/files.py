@@ -114,7 +114,11 @@ def provenance_of(path: str | Path) -> dict[str, Any]:
     """
     folder = find_tokenizer(path)
     try:
-        return {name: value for name, value in json.loads((folder / CONFIG).read_text()).items() if name not in OWN}
+        found = {name: value for name, value in json.loads((folder / CONFIG).read_text()).items() if name not in OWN}
+        for name, kind in (("image_size", int), ("reference", dict | None)):
+            if name in found and not isinstance(found[name], kind):
+                raise ValueError(f"{name} is {found[name]!r}")
+        return found
     except Exception as error:
         raise _damaged(folder, error) from None
 

@@ -1,10 +1,10 @@
 """What a dVAE training is made of. Imports nothing heavy: `--help` and typos answer before torch is loaded."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from mimetic.engine import ranges
 from mimetic.engine.config import DataSettings, Expected, GuardSettings, OptimSettings, TrainSettings
+from mimetic.engine.errors import SettingError
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class DvaeSettings:
     width: int = 64
     code_width: int = 32
     depth: int = 1
-    loss: Literal["mse", "logit_laplace"] = "mse"
+    loss: str = "mse"
     temperature: float = 1.0
     final_temperature: float = 0.1
     kl_weight: float = 0.001
@@ -38,6 +38,8 @@ class DvaeSettings:
     seed_images: int = 2048
 
     def __post_init__(self) -> None:
+        if self.loss not in ("mse", "logit_laplace"):
+            raise SettingError(f"dvae.loss is {self.loss!r}; it must be mse or logit_laplace")
         ranges.require(self, "dvae", vocab_size=ranges.COUNT, stride=ranges.COUNT, width=ranges.COUNT, code_width=ranges.COUNT,
                        depth=ranges.NOT_NEGATIVE, temperature=ranges.POSITIVE, final_temperature=ranges.POSITIVE,
                        kl_weight=ranges.NOT_NEGATIVE, restart_every=ranges.COUNT, seed_images=ranges.COUNT)  # fmt: skip
