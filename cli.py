@@ -58,15 +58,7 @@ def parser() -> argparse.ArgumentParser:
     check.add_argument("--out", type=Path, metavar="FILE", help="write all faults there: shard, key, reason")
     _add_workers(check)
 
-    doctor = commands.add_parser("doctor", help="whether a tokenizer is fit to teach on these images: healthy, coarse, collapsed or blind",
-                                 epilog="example: mimetic doctor runs/tokenizer shards/held-out --out doctor")  # fmt: skip
-    doctor.add_argument("tokenizer", metavar="TOKENIZER", help="a tokenizer's folder, or the run that trained it")
-    doctor.add_argument("shards", metavar="SHARDS", help="images that it did not learn from: an index.json, its folder, or tars")
-    doctor.add_argument("--out", type=Path, metavar="DIR", help="write pictures, doctor.md and doctor.json there")
-    doctor.add_argument("--json", type=Path, metavar="FILE", help="write all figures, thresholds and the verdict there")
-    doctor.add_argument("--images", type=int, default=512, metavar="N", help="images to look at (default: %(default)s)")
-    doctor.add_argument("--image-size", type=int, metavar="PIXELS",
-                        help="their side (default: what the tokenizer was trained at, or else what fits them)")  # fmt: skip
+    _add_tokenizer_commands(commands)
 
     watch = commands.add_parser("watch", help="a run in the terminal, while it goes on: speed, time left, curves, events",
                                 epilog="example: mimetic watch runs/beit")  # fmt: skip
@@ -95,6 +87,21 @@ def parser() -> argparse.ArgumentParser:
     replay.add_argument("capsule", type=Path, metavar="CAPSULE", help="a folder of RUN/capsules")
     replay.add_argument("--process", type=int, metavar="N", help="whose batches (default: the first whose loss is not finite, else 0)")
 
+    attention = commands.add_parser("attention", help="where a backbone looks, as a picture",
+                                    epilog="example: mimetic attention runs/beit photo.jpg --out attention.png")  # fmt: skip
+    attention.add_argument("run", metavar="RUN", help="a finished run, or an exported folder")
+    attention.add_argument("image", type=Path, metavar="IMAGE", help="a picture")
+    attention.add_argument("--out", type=Path, default=Path("attention.png"), metavar="PNG", help="(default: %(default)s)")
+    attention.add_argument("--fuse", choices=("mean", "max", "min"), default="mean", help="how heads are fused (default: %(default)s)")
+    attention.add_argument("--discard", type=float, default=0.9, metavar="SHARE",
+                           help="share of the lowest attention left out in the second rollout (default: %(default)s)")  # fmt: skip
+    attention.add_argument("--cell", type=int, nargs=2, metavar=("ROW", "COLUMN"),
+                           help="whose view is shown (default: [CLS], or the mean of all patches, or the middle of the map)")  # fmt: skip
+    _add_range(attention)
+    return top
+
+
+def _add_tokenizer_commands(commands: "argparse._SubParsersAction[Parser]") -> None:
     tokenizer = commands.add_parser("tokenizer", help="image tokenizers from elsewhere",
                                     epilog="example: mimetic tokenizer import encoder.pkl tokenizers/dalle")  # fmt: skip
     verbs = tokenizer.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
@@ -117,18 +124,15 @@ def parser() -> argparse.ArgumentParser:
     tokens.add_argument("--batch-size", type=int, metavar="B", help="images that the tokenizer gets at a time (default: data.batch_size)")
     _add_workers(tokens)
 
-    attention = commands.add_parser("attention", help="where a backbone looks, as a picture",
-                                    epilog="example: mimetic attention runs/beit photo.jpg --out attention.png")  # fmt: skip
-    attention.add_argument("run", metavar="RUN", help="a finished run, or an exported folder")
-    attention.add_argument("image", type=Path, metavar="IMAGE", help="a picture")
-    attention.add_argument("--out", type=Path, default=Path("attention.png"), metavar="PNG", help="(default: %(default)s)")
-    attention.add_argument("--fuse", choices=("mean", "max", "min"), default="mean", help="how heads are fused (default: %(default)s)")
-    attention.add_argument("--discard", type=float, default=0.9, metavar="SHARE",
-                           help="share of the lowest attention left out in the second rollout (default: %(default)s)")  # fmt: skip
-    attention.add_argument("--cell", type=int, nargs=2, metavar=("ROW", "COLUMN"),
-                           help="whose view is shown (default: [CLS], or the mean of all patches, or the middle of the map)")  # fmt: skip
-    _add_range(attention)
-    return top
+    doctor = commands.add_parser("doctor", help="whether a tokenizer is fit to teach on these images: healthy, coarse, collapsed or blind",
+                                 epilog="example: mimetic doctor runs/tokenizer shards/held-out --out doctor")  # fmt: skip
+    doctor.add_argument("tokenizer", metavar="TOKENIZER", help="a tokenizer's folder, or the run that trained it")
+    doctor.add_argument("shards", metavar="SHARDS", help="images that it did not learn from: an index.json, its folder, or tars")
+    doctor.add_argument("--out", type=Path, metavar="DIR", help="write pictures, doctor.md and doctor.json there")
+    doctor.add_argument("--json", type=Path, metavar="FILE", help="write all figures, thresholds and the verdict there")
+    doctor.add_argument("--images", type=int, default=512, metavar="N", help="images to look at (default: %(default)s)")
+    doctor.add_argument("--image-size", type=int, metavar="PIXELS",
+                        help="their side (default: what the tokenizer was trained at, or else what fits them)")  # fmt: skip
 
 
 def _add_shared(command: argparse.ArgumentParser) -> None:
