@@ -23,6 +23,7 @@ from mimetic.data.picture import in_unit_range
 from mimetic.data.stream import ShardStream
 from mimetic.engine.config import parse
 from mimetic.engine.errors import CheckpointError, DataError, MimeticError, SettingError
+from mimetic.pretrain import screening
 from mimetic.pretrain.beit import build
 from mimetic.pretrain.recipe import BeitRecipe
 from mimetic.pretrain.tokens import cache_tokens
@@ -166,7 +167,7 @@ def test_training_with_it_never_runs_the_tokenizer(world, tmp_path, monkeypatch)
         raise AssertionError
 
     monkeypatch.setattr(DVAE, "encode", encode)
-    monkeypatch.setattr("mimetic.pretrain.screening.look_at_tokenizer", lambda *parts: None)  # it encodes, before the first step
+    monkeypatch.setattr(screening, "look_at_tokenizer", lambda *given: None)  # the look before the first step runs it
     arguments = beit_arguments(world, tmp_path / "run", seed=3, views__crop_low=0.3, views__shift=2, train__steps=3, train__picture_every=9,
                                tokenizer__cache=world / "tokens")  # fmt: skip
     with pytest.raises(AssertionError):  # the picture at the end shows true tokens of held-out images
