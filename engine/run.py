@@ -25,7 +25,7 @@ HARMLESS = ("data.workers", "data.max_bad", "data.cache", "data.cache_gb", "trai
             "expected.source", "expected.loss", "expected.masked_accuracy", "tokenizer.accept_collapsed")  # fmt: skip
 FIXED = ("data.", "seed", "labels.", "backbone.name", "backbone.image_size", "backbone.overrides", "dvae.vocab_size", "dvae.stride",
          "dvae.width", "dvae.code_width", "dvae.depth", "dvae.loss", "vqkd.vocab_size", "vqkd.code_width", "vqkd.decoder_depth",
-         "aggregation.")  # fmt: skip  # no --allow admits another: weights or places would not fit
+         "aggregation.", "mae.decoder_")  # fmt: skip  # no --allow admits another: weights or places would not fit
 STEP = ("data.batch_size", "train.accumulate")  # may change with the number of processes, as long as a step has as many images
 # Settings that name a folder, and the file in it that tells whether its content is still the same.
 INPUTS = ("data.index", "evaluate_on", "evaluation.index", "tokenizer.path", "tokenizer.cache", "init.path", "distill.teacher",

@@ -13,16 +13,20 @@ from mimetic.report.results import TEST, accuracy_metrics, arms_of, arms_table, 
 from mimetic.report.runs import RunFolder
 from mimetic.report.wording import percent, plain, seconds, slug, whole
 
-PRETRAIN_ROWS = ("image", "what the encoder sees (grey is hidden)", "its tokens, decoded", "tokens predicted at hidden cells, decoded")
+PRETRAIN_ROWS = ("image", "what the encoder sees (grey is hidden)", "its tokens, decoded (where the tokenizer can)",
+                 "tokens predicted at hidden cells, decoded")  # fmt: skip
 PIXEL_ROWS = ("image", "what the encoder sees (grey is hidden)", "pixels predicted at hidden places")
 NORMALISED_ROWS = (*PIXEL_ROWS[:2], f"{PIXEL_ROWS[2]} (around the image's own means, within its own deviations: normalised targets)")
-# What each way of pretraining is punished for, by the section of its recipe: losses of different ways share no picture.
+# What each way of pretraining is punished for, by the section of its recipe, the most particular first: losses of different ways share no
+# picture.
 PRETRAIN_LOSSES = {
+    "aggregation": ("pretrain-loss-beit2", "sum of both cross entropies over hidden cells (nats, BEiT v2)"),
     "tokenizer": ("pretrain-loss", "cross entropy over hidden cells (nats)"),
     "simmim": ("pretrain-loss-simmim", "mean absolute error of hidden pixels (SimMIM)"),
     "mae": ("pretrain-loss-mae", "mean squared error of hidden pixels (MAE)"),
 }  # fmt: skip
 TOKENIZER_ROWS = ("image", "its tokens, decoded")
+TAUGHT_ROWS = ("image", "the teacher's features (three principal components)", "what is told of them from tokens")
 MEASURES = {
     "codes_used": "codes used, %", "perplexity": "perplexity, all cells", "perplexity_non_blank": "perplexity, non-blank cells",
     "reconstruction_psnr": "reconstruction PSNR, dB",
@@ -72,7 +76,7 @@ def pretrain(runs: Sequence[RunFolder]) -> Section:
     figures = [
         _metric_curves(runs, members, "pretrain-masked-accuracy", "masked_accuracy", "hidden tokens predicted rightly", share=True,
                        level=level),
-        *(_metric_curves(runs, [run for run in members if section in run.config], name, "loss", label)
+        *(_metric_curves(runs, [run for run in members if _way(run) == section], name, "loss", label)
           for section, (name, label) in PRETRAIN_LOSSES.items()),
         _metric_curves(runs, members, "pretrain-codes", "predicted_codes_used", "different codes predicted"),
         _metric_curves(runs, members, "pretrain-perplexity", "predicted_codes_perplexity", "perplexity of predicted codes"),
@@ -90,7 +94,8 @@ def tokenizer(runs: Sequence[RunFolder]) -> Section:
     for run in members:
         figures += [_code_usage(run), _metric_curves(runs, [run], f"tokenizer-loss-{slug(run.name)}", "loss", "loss")]
     for run in members:
-        figures.append(_picture(run, TOKENIZER_ROWS, "Reconstruction"))
+        rows, what = (TAUGHT_ROWS, "Features told from tokens") if "vqkd" in run.config else (TOKENIZER_ROWS, "Reconstruction")
+        figures.append(_picture(run, rows, what))
     return _section("Tokenizer", [], _measures(members), figures)
 
 
@@ -132,6 +137,10 @@ def _evaluations(runs: Sequence[RunFolder], arms: Sequence[RunFolder], metric: s
     ends = ", ".join(f"{line.label} ends at {percent(line.ys[-1])}" for line in series)
     return Figure(f"classify-{slug(metric)}.png", plots.curves(plain(metric), series, share=True),
                   f"{plain(metric).capitalize()} against images seen: {ends}")  # fmt: skip
+
+
+def _way(run: RunFolder) -> str | None:
+    return next((section for section in PRETRAIN_LOSSES if section in run.config), None)
 
 
 def _pretrain_rows(run: RunFolder) -> tuple[str, ...]:

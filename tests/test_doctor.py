@@ -303,6 +303,27 @@ def test_a_codebook_of_which_little_is_left_is_collapsed_wherever_it_is_looked_a
     assert judge(figures, reference).word == judge(figures).word == COLLAPSED
 
 
+def test_codes_that_draw_little_of_what_k_means_does_are_collapsed_however_many_are_used(domains):
+    learned, held_out = domains["shapes"]
+    tokenizer = trained(learned)
+    tokenizer.codebook.anchor_VD.mul_(0.05)
+    figures = looked_at(tokenizer, held_out)
+    assert figures.codes_used > 40
+    assert 0.1 < figures.explained < 0.2 < figures.yardstick_explained
+    verdict = judge(figures)
+    assert verdict.word == COLLAPSED
+    assert verdict.reasons == ("reconstructions explain 12% of the images' variance, less than 25% of the 86% that k-means does",)
+    assert judge(replace(figures, yardstick_explained=0.3)).word != COLLAPSED  # images that nothing of this size draws well
+
+
+def test_losing_more_than_at_home_and_than_k_means_is_blind(domains):
+    figures = replace(looked_at(trained(domains["shapes"][0]), domains["shapes"][1]), yardstick_explained=0.9)
+    reference = reference_of(replace(figures, explained=0.95))
+    words = [judge(replace(figures, explained=explained), reference).word for explained in (0.88, 0.86)]
+    assert words == [HEALTHY, BLIND]
+    assert judge(replace(figures, explained=0.86), reference_of(replace(figures, explained=0.92))).word == HEALTHY
+
+
 def test_few_codes_or_large_cells_are_coarse(domains):
     learned, held_out = domains["shapes"]
     assert judge(looked_at(trained(learned, 6), held_out)).word == COARSE
@@ -429,6 +450,7 @@ def test_a_tokenizer_of_one_size_that_does_not_decode_is_examined_too(place, tmp
     command(monkeypatch, tmp_path / "vqkd", place / "held-out", "--out", tmp_path / "out")
     told = capsys.readouterr().out
     assert "this tokenizer does not decode" in told
+    assert "it does not decode, so what its tokens tell is not judged" in told
     assert "under 1 cell they move along" in told
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"doctor.json", "doctor.md", "tokens.png", "codes.png", "entropy.png"}
     with pytest.raises(SettingError, match="--image-size 32: the tokenizer takes images of 16 pixels alone; leave it out"):

@@ -295,6 +295,21 @@ def test_pretrainings_on_pixels_claim_no_tokens(tmp_path: Path) -> None:
         assert f"accelerate launch pretrain/{name}.py --config {tmp_path / name}/config.yaml" in text
 
 
+def test_beit_v2_and_vqkd_are_told_as_what_they_are(tmp_path: Path) -> None:
+    """The sum of two losses is in no picture with one of them, and what a teacher sees is no reconstruction."""
+    beit2 = {"tokenizer": {"path": "t"}, "aggregation": {"layer": 9}, "mask": {"count": 75}, "backbone": BACKBONE, "seed": 0}
+    vqkd = {"vqkd": {"vocab_size": 8}, "teacher": {"path": "x"}, "backbone": BACKBONE, "seed": 0}
+    runs = [pretraining(tmp_path / "beit", tmp_path / "t"),
+            write_run(tmp_path / "v2", beit2, kind="pretrain", records=[], metrics=log(loss=(8.0, 6.0)), picture=(64, 32)),
+            write_run(tmp_path / "taught", vqkd, kind="tokenizer", records=[], metrics=log(loss=(0.9, 0.3)), picture=(64, 32))]  # fmt: skip
+    compare(runs, tmp_path / "out")
+    text = (tmp_path / "out/report.md").read_text()
+    assert re.search(r"Sum of both cross entropies [^]]* against images seen: v2 ends at 6]", text)
+    assert "Cross entropy over hidden cells (nats) against images seen: beit ends at 2.5]" in text
+    assert "Features told from tokens of taught. Rows from the top: image; the teacher's features" in text
+    assert "Reconstruction" not in text
+
+
 def test_the_commonest_code_is_told_beside_pretrainings_on_pixels_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     levels = []
     own = plots.curves

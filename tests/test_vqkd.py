@@ -310,6 +310,8 @@ def test_an_exported_teacher_is_what_timm_opens(tmp_path):
     assert teacher.width == 32
     larger = open_teacher(str(tmp_path / "net"), 1, image_size=32, mean=[0.5], std=[0.5])
     assert larger(image_BCHW).shape == (3, 32, 8, 8)
+    with pytest.raises(SettingError, match=r"teacher\.mean has 3 values, .*net sees 1 channels; give one for each"):
+        open_teacher(str(tmp_path / "net"), 1, mean=[0.5] * 3, std=[0.5] * 3)
     with pytest.raises(SettingError, match="the teacher sees 1 channels, the images have 3"):
         open_teacher(str(tmp_path / "net"), 3)
     with pytest.raises(CheckpointError, match="no backbone there"):
@@ -433,6 +435,13 @@ def test_a_short_training_uses_its_codes_and_learns_the_teacher(world, taught, t
     tokenizer = open_tokenizer(run)
     assert (tokenizer.vocab_size, tokenizer.stride) == (16, 4)
     assert list((run / "samples").glob("*.png"))
+
+
+def test_too_few_images_to_start_the_codes_are_named_before_training(world, taught, tmp_path):
+    told = r"set vqkd\.start_images to 125 or more, or vqkd\.vocab_size to 1600 or less"
+    with pytest.raises(SettingError, match=told):
+        run_here("vqkd", vqkd_arguments(world, tmp_path / "run", taught, vqkd__vocab_size=2000))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_training_that_goes_on_has_the_same_bits(world, taught, tmp_path):

@@ -29,6 +29,7 @@ from mimetic.tokenizers.usage import code_usage, count_codes
 
 SEEDS_PER_CODE = 16
 HELD = 1 << 26  # numbers of cells that seed, and logits, held in memory at a time
+SEEDING = ("dvae.seed_images", "dvae.vocab_size")
 LEAST_LOG_B = math.log(0.8 / 255 * 4 / 2)  # half a grey level of 8 bits, at mid-grey: cut off there, numbers have infinite densities
 
 
@@ -229,15 +230,18 @@ class DVAE(nn.Module):
             last.zero_()
 
 
-def check_seeds(images: int, cells: int, vocab_size: int, at_hand: int | None = None) -> None:
-    """Raise SettingError unless images of so many cells each can seed the codes; `at_hand` images are all there are."""
+def check_seeds(images: int, cells: int, vocab_size: int, at_hand: int | None = None, *, settings: tuple[str, str] = SEEDING) -> None:
+    """Raise SettingError unless images of so many cells each can seed the codes; `at_hand` images are all there are.
+
+    `settings` name the numbers of images and of codes.
+    """
     if images * cells >= vocab_size:
         return
     wanted = -(-vocab_size // cells)
-    more = (f"set dvae.seed_images to {wanted} or more" if at_hand is None or wanted <= at_hand
+    more = (f"set {settings[0]} to {wanted} or more" if at_hand is None or wanted <= at_hand
             else f"the data has {at_hand} images, where {wanted} are needed")  # fmt: skip
     raise SettingError(f"{images * cells} cells cannot seed {vocab_size} codes: {images} images have {cells} cells each; {more}, "
-                       f"or dvae.vocab_size to {images * cells} or less")  # fmt: skip
+                       f"or {settings[1]} to {images * cells} or less")  # fmt: skip
 
 
 def gumbel_softmax(logits_MV: Tensor, temperature: float, generator: torch.Generator | None = None) -> Tensor:

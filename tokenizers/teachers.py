@@ -120,6 +120,9 @@ def open_teacher(path: str, channels: int, *, weights: str | None = None, image_
         net, size, own = _of_transformers(Path(path.removeprefix(TRANSFORMERS)), image_size)
     else:
         net, size, own = _exported(path, image_size)
+    for name, given, known in (("mean", mean, own[0]), ("std", std, own[1])):
+        if given and known and len(given) != len(known):
+            raise SettingError(f"teacher.{name} has {len(given)} values, {path} sees {len(known)} channels; give one for each")
     mean, std = mean or own[0], std or own[1]
     if mean is None or std is None:
         raise SettingError(f"{path} does not say what its input is normalized with; set teacher.mean and teacher.std")

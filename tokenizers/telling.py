@@ -39,7 +39,7 @@ def findings(f: Figures, reference: Mapping[str, Any] | None) -> list[tuple[str,
         least = least_detail(f.yardstick_detail, reference)
         lines += [
             ("reconstruction", f"{f.psnr:.1f} dB; explains {f.explained:.1%} of the variance (collapsed below "
-                               f"{LIMITS.collapsed_explained:.0%}, coarse below {LIMITS.coarse_explained:.0%}"
+                               f"{LIMITS.collapsed_explained * f.yardstick_explained:.0%}, coarse below {LIMITS.coarse_explained:.0%}"
                                f"{_before(reference, 'explained', '.1%')}) and {f.detail:.1%} of the detail inside cells (blind below "
                                f"{least:.1%})"),
             ("yardstick", f"{f.yardstick_codes:,} codes of k-means, made of these images in seconds, explain {f.yardstick_explained:.1%} "

@@ -33,11 +33,12 @@ def build(recipe: VqkdRecipe, index: "Index | Mixture", device: "torch.device") 
     """The objective, its codes not yet started from images.
 
     Raises:
-        SettingError: encoder, teacher and data do not fit each other.
+        SettingError: encoder, teacher and data do not fit each other, or images are too few to start the codes.
         CheckpointError: the teacher cannot be opened.
     """
     import torch
 
+    from mimetic.tokenizers.dvae import check_seeds
     from mimetic.tokenizers.teachers import open_teacher
     from mimetic.tokenizers.vqkd import VQKD, FeatureDecoder
     from mimetic.tokenizers.vqkd_objective import VQKDObjective
@@ -46,6 +47,9 @@ def build(recipe: VqkdRecipe, index: "Index | Mixture", device: "torch.device") 
     teacher = open_teacher(given.path, index.channels, weights=given.weights, image_size=given.image_size, mean=given.mean, std=given.std)
     torch.manual_seed(recipe.seed)
     vqkd = VQKD(settings.vocab_size, index.channels, encoder.name, encoder.image_size, encoder.overrides, settings.code_width)
+    cells = vqkd.encoder.feature_grid[0] * vqkd.encoder.feature_grid[1]
+    check_seeds(min(settings.start_images, len(index)), cells, settings.vocab_size, len(index),
+                settings=("vqkd.start_images", "vqkd.vocab_size"))  # fmt: skip
     vqkd.encoder.grad_checkpointing = encoder.grad_checkpointing
     decoder = FeatureDecoder(vqkd.encoder.feature_grid, settings.code_width, vqkd.encoder.embed_dim, settings.decoder_depth, teacher.width,
                              encoder.overrides.get("weight_init", "beit"))  # fmt: skip
