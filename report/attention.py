@@ -79,25 +79,26 @@ def _read(picture: Path, backbone: Backbone, folder: Path, limits: Range | None)
 
 
 def _picture(picture: Path, backbone: Backbone) -> Tensor:
-    """(C, H, W) in [0, 1] of what Pillow reads, in 8 bits."""
+    """(C, H, W) in [0, 1] of a picture in 8 bits, as data without a pixel range is read; resized as Pillow does."""
     height, width = backbone.image_size
-    mode = {1: "L", 3: "RGB"}.get(backbone.in_channels)
-    if mode is None:
+    if backbone.in_channels not in (1, 3):
         raise SettingError(f"the backbone reads images of {backbone.in_channels} channels; a picture has 1 or 3, give a .npy")
-    try:
-        with Image.open(picture) as opened:
-            image = ImageOps.fit(ImageOps.exif_transpose(opened).convert(mode), (width, height), Image.Resampling.BICUBIC)
-    except OSError as error:
-        raise DataError(f"{picture} is no readable picture ({error.strerror or 'unknown format'})") from None
+    pixels_HWC = _decoded(picture, backbone, None).transpose(1, 2, 0)
+    image = ImageOps.fit(Image.fromarray(pixels_HWC[..., 0] if backbone.in_channels == 1 else pixels_HWC), (width, height),
+                         Image.Resampling.BICUBIC)  # fmt: skip
     return (torch.from_numpy(np.asarray(image).reshape(height, width, -1).copy()).float() / 255).permute(2, 0, 1)
+
+
+def _decoded(picture: Path, backbone: Backbone, limits: Range | None) -> NDArray[Any]:
+    try:
+        return decode(picture.read_bytes(), backbone.in_channels, limits)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{picture} is no readable image ({getattr(error, 'strerror', None) or error})") from None
 
 
 def _deep(picture: Path, backbone: Backbone, limits: Range | None) -> Tensor:
     """(C, H, W) in [0, 1] of an array, or of a picture that is read deeper than 8 bits, as data with a pixel range is."""
-    try:
-        image_CHW = in_unit_range(torch.from_numpy(decode(picture.read_bytes(), backbone.in_channels, limits)))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{picture} is no readable image ({getattr(error, 'strerror', None) or error})") from None
+    image_CHW = in_unit_range(torch.from_numpy(_decoded(picture, backbone, limits)))
     there, wanted = image_CHW.shape[1:], backbone.image_size
     scale = min(side / target for side, target in zip(there, wanted, strict=True))
     height, width = (max(1, round(scale * target)) for target in wanted)

@@ -360,13 +360,16 @@ def test_modules_that_hold_each_other_again_and_again_are_walked_once(tmp_path):
         read_state(tmp_path / "encoder.pkl")
 
 
-def test_the_folder_of_the_source_is_not_written_over(theirs, tmp_path):
+def test_neither_the_source_nor_a_trained_tokenizer_is_written_over(theirs, tmp_path):
     """It holds a model.safetensors, as a tokenizer's folder does, and nothing else."""
     save_file(dict(theirs[0].state_dict()), tmp_path / "model.safetensors")
     before = (tmp_path / "model.safetensors").read_bytes()
     with pytest.raises(SettingError, match=r"there is model\.safetensors.*new folder"):
         import_tokenizer(tmp_path, tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
+    save_tokenizer(DVAE(16, 8, 3, width=16), tmp_path / "trained")
+    with pytest.raises(SettingError, match=r"trained is no folder of an earlier import alone"):
+        import_tokenizer(tmp_path, tmp_path / "trained")
 
 
 def test_an_import_takes_no_folder_of_somebody(pickles, imported, tmp_path, monkeypatch):

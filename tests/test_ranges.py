@@ -321,3 +321,11 @@ def test_attention_looks_at_arrays_as_the_data_has_them(tmp_path):
         draw_attention(tmp_path / "net", tmp_path / "tile.npy", tmp_path / "a.png")
     with pytest.raises(SettingError, match=r"5 channels; a picture has 1 or 3, give a \.npy"):
         draw_attention(tmp_path / "net", tmp_path / "tile.png", tmp_path / "a.png")
+
+
+def test_attention_sees_16_bits_as_data_without_a_range_does(tmp_path):
+    backbone = create_backbone("vit_tiny_patch16_224", image_size=16, in_channels=1, patch_size=4, embed_dim=32, depth=1, num_heads=2)
+    save_backbone(backbone, tmp_path / "backbone", mean=[0.5], std=[0.25])
+    (tmp_path / "deep.png").write_bytes(encoded(deep(0, 16, 16, high=65536)))
+    shown_HWC, _ = _read(tmp_path / "deep.png", backbone, tmp_path / "backbone", None)
+    assert np.array_equal(shown_HWC[..., 0], deep(0, 16, 16, high=65536) >> 8)

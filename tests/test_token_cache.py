@@ -237,6 +237,18 @@ def test_views_that_are_added_are_those_of_a_cache_made_at_once(world, tmp_path)
     assert contents_of(grown) == after
 
 
+def test_many_views_go_to_several_files(world, tmp_path, monkeypatch):
+    make(world, tmp_path / "whole", 5)
+    monkeypatch.setattr(caching, "VIEWS_A_FILE", 2)
+    make(world, tmp_path / "tokens", 5)
+    assert [(part.first, part.last) for part in read_contents(tmp_path / "tokens").parts] == [(0, 2), (2, 4), (4, 5)]
+    index, samples = open_index(world / "data"), np.repeat(np.arange(SAMPLES), 5)
+    (drawn, ids_BPQ), (whole, whole_BPQ) = (TokenCache(folder, index, read_contents(folder)).read(samples, np.tile(np.arange(5), SAMPLES))
+                                            for folder in (tmp_path / "tokens", tmp_path / "whole"))  # fmt: skip
+    assert np.array_equal(ids_BPQ, whole_BPQ)
+    assert all(map(np.array_equal, drawn, whole))
+
+
 def test_a_job_that_was_killed_goes_on_and_ends_with_the_same_bytes(world, tmp_path, monkeypatch):
     whole, written = contents_of(world / "tokens"), []
 

@@ -32,6 +32,7 @@ from mimetic.tokenizers.contract import ImageTokenizer
 from mimetic.tokenizers.token_cache import CONTENTS, Contents, File, Part, Terms, check_terms, read_contents
 from mimetic.tokenizers.token_tar import layout_of, row_type, tar_of
 
+VIEWS_A_FILE = 16  # at most: they are held in memory, lost with a kill, and of an image read together
 LARGEST_VOCABULARY = 1 << 16  # what 16 bits can tell apart
 
 
@@ -111,13 +112,13 @@ class CacheWriter:
             fcntl.flock(lock, fcntl.LOCK_EX)
             contents = read_contents(self.folder) if (self.folder / CONTENTS).exists() else Contents(self.terms, self.grid, [])
             check_terms(self.folder, contents.terms, self.terms)
-            if contents.parts and not contents.parts[-1].files:
+            while contents.parts and not contents.parts[-1].files:
                 contents.parts.pop()  # begun, and nothing of it written: it may as well be another number
             if contents.views > self.count and len(contents.parts[-1].files) < len(self.shards):
                 raise SettingError(f"{self.folder} was begun with {contents.views} views, and is not complete; --views is {self.count}: "
                                    f"give {contents.views} or more, or another folder")  # fmt: skip
-            if contents.views < self.count:
-                contents.parts.append(Part(contents.views, self.count, {}))
+            while contents.views < self.count:
+                contents.parts.append(Part(contents.views, min(self.count, contents.views + VIEWS_A_FILE), {}))
             yield contents
 
     def _tasks(self, contents: Contents) -> list[Task]:

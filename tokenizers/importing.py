@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mimetic.engine.errors import CheckpointError, SettingError
 from mimetic.tokenizers.dalle import DalleTokenizer, DalleVAE
-from mimetic.tokenizers.files import CONFIG, WEIGHTS, save_tokenizer
+from mimetic.tokenizers.files import CONFIG, WEIGHTS, provenance_of, save_tokenizer
 
 State = dict[str, Tensor]
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -193,8 +193,9 @@ def _numbers(file: Path, name: str, found: Tensor) -> Tensor:
 def _check_free(out: Path) -> None:
     """A folder is written anew as a whole: it must not be somebody's, such as the one that the weights are read from."""
     found = {path.name for path in out.iterdir()} if out.is_dir() else {out.name} if out.exists() else set()
-    if others := found - ({CONFIG, WEIGHTS} if CONFIG in found else set()):
-        raise SettingError(f"{out} is no folder of a tokenizer alone (there is {min(others)}); name a new folder")
+    ours = {CONFIG, WEIGHTS} if CONFIG in found and "source" in provenance_of(out) else set()
+    if others := found - ours:
+        raise SettingError(f"{out} is no folder of an earlier import alone (there is {min(others)}); name a new folder")
 
 
 def _within(file: Path) -> Path:
