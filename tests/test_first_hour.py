@@ -21,10 +21,10 @@ from tinyruns import (
     dvae_arguments,
     files_of_at_most,
     finish,
-    flip_byte,
     lines,
     losses,
     make_data,
+    make_tokenizer,
     members,
     reset_accelerate,
     run_here,
@@ -444,7 +444,7 @@ def test_a_tokenizer_that_changed_under_its_path_is_no_continuation(entry, world
     tokenizer = shutil.copytree(world / "tokenizer", tmp_path / "tokenizer")
     arguments = beit_arguments(world, tmp_path / "run", train__steps=4, tokenizer__path=tokenizer)
     assert entry("beit", *arguments)[0] == 0
-    flip_byte(tokenizer / "model.safetensors")
+    make_tokenizer(tokenizer, world / "data", codes=17)
     line = entry.refused("beit", *arguments)
     told = r"step-00000004 .*\(tokenizer\.path .*tokenizer is not what it was then\); use those, .* or --allow tokenizer\.path"
     assert re.search(told, line), line
