@@ -48,6 +48,8 @@ def _look(tokenizer: Any, settings: TokenizerSettings, images: "ShardStream", de
     """What is said, and the verdict's word."""
     large = sum(parameter.numel() for parameter in tokenizer.parameters()) > LARGE and device.type == "cpu"
     count, keep = (FEW, FEW // 4) if large else (MANY, MANY // 4)
+    if large:
+        print(f"looking at the tokenizer on {count} images first: with one of this size that can take a minute on a CPU", flush=True)
     batches = images.run(min(len(images), count // LOOKED_AT))
     seen = collect(tokenizer, (in_unit_range(batch["target"][batch["valid"]].to(device)) for batch in batches), keep)
     if reason := too_little(seen):
