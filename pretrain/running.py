@@ -70,8 +70,8 @@ def run_pretraining(invocation: Invocation[Any], build: Build) -> None:
         lowest=lowest,
     )
 
-    def look() -> None:
-        images = ShardStream(held_out, LOOKED_AT, seed=recipe.seed, transform=plain)
+    def look() -> None:  # at no more shards than training reads
+        images = ShardStream(held_out, LOOKED_AT, seed=recipe.seed, transform=plain, **recipe.data.shuffling)
         look_at_tokenizer(objective.tokenizer, recipe.tokenizer, images, accelerator.device, accelerator.is_main_process)
 
     trained = train(objective, stream, invocation=invocation, kind="pretrain", accelerator=accelerator, title=title,
