@@ -33,6 +33,15 @@ def run_entry(main: Callable[[], None]) -> None:
     Under a launcher the first process speaks. The others wait a moment before they do: when all stop for the same reason, the
     launcher has ended them by then, and when one stops alone, its reason is not lost.
     """
+    try:
+        _run(main)
+    except Stopped as stopped:  # came while another error was being told
+        if _peer_is_gone(stopped.__context__):
+            os._exit(128 + stopped.number)  # the launcher's, because of the peer, whose own line says why
+        _leave(stopped.told, 128 + stopped.number, together=True)
+
+
+def _run(main: Callable[[], None]) -> None:
     _quiet()
     try:
         main()
@@ -74,7 +83,7 @@ def _end() -> None:
     os._exit(0)
 
 
-def _peer_is_gone(error: Exception) -> bool:
+def _peer_is_gone(error: BaseException | None) -> bool:
     return any(word in str(error).lower() for word in ("connection closed by peer", "connection reset by peer", "broken pipe"))
 
 

@@ -585,3 +585,35 @@ def test_a_disk_that_is_full_at_the_very_end_or_start_is_one_line_too(entry, wor
     code, _, err = entry("beit", *arguments)
     assert (code, err) == (0, "")
     assert (run / "backbone/config.json").exists()
+
+
+SIGNAL_AT_ITS_WORST = """
+import os, signal
+
+from mimetic.engine import runtime
+from mimetic.engine.signals import SIGNALS
+
+signals, known = [signal.SIGTERM], runtime._peer_is_gone
+
+
+def gone(error):
+    if signals:
+        os.kill(os.getpid(), signals.pop())
+    return known(error)
+
+
+def main():
+    raise RuntimeError("Connection closed by peer [127.0.0.1]:35244")
+
+
+os.environ["RANK"] = "0"
+runtime._peer_is_gone = gone
+SIGNALS.listen()
+runtime.run_entry(main)
+"""
+
+
+def test_a_launcher_may_end_a_process_whose_peer_has_gone_at_any_moment():
+    """As it does when another one has ended: what that one said is the reason, and nothing is to be said beside it."""
+    done = finish(start(sys.executable, "-c", SIGNAL_AT_ITS_WORST))
+    assert (done.returncode, done.stdout, done.stderr) == (128 + signal.SIGTERM, "", "")
