@@ -151,7 +151,7 @@ class PretrainViews:
 
 
 class MaskedViews:
-    """`image` (uint8 BCHW) and its mask `hidden` (bool BPQ): all that is needed where pixels themselves are to be predicted."""
+    """`image` (BCHW) and its mask `hidden` (bool BPQ): all that is needed where pixels themselves are to be predicted."""
 
     def __init__(self, image_size: int, augmentation: Augmentation, masks: MaskGenerator) -> None:
         self.image_size, self.augmentation, self.masks = image_size, augmentation, masks

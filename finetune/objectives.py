@@ -42,7 +42,7 @@ class Supervised(Objective):
 
     Args:
         model: image -> logits, with `depth_of`, `num_depths` and `no_weight_decay_names`.
-        normalize: uint8 pixels to the model's range.
+        normalize: pixels to the model's range.
         mixing: of images and labels.
         smoothing: label smoothing.
     """
@@ -59,7 +59,7 @@ class Supervised(Objective):
         self._step = step
 
     def forward(self, batch: Mapping[str, Any]) -> StepOutput:
-        """`image` uint8 (B, C, H, W), `label` int64 (B,), `valid` bool (B,)."""
+        """`image` (B, C, H, W), uint8 or in [0, 1], `label` int64 (B,), `valid` bool (B,)."""
         image_BCHW, target_BN = self.mixing(self.normalize(batch["image"]), batch["label"], self._step)
         weight_B = batch["valid"] / batch["valid"].sum().clamp(min=1)
         loss, logits_BN = self.loss(image_BCHW, target_BN, weight_B)

@@ -72,7 +72,7 @@ class MAE(PixelModeling):
         backbone.mask_token.requires_grad_(False)  # the encoder never meets one
 
     def forward(self, batch: Mapping[str, Any]) -> StepOutput:
-        """`image` uint8 (B, C, H, W), `hidden` bool (B, P, Q), `valid` bool (B,)."""
+        """`image` (B, C, H, W), uint8 or in [0, 1], `hidden` bool (B, P, Q), `valid` bool (B,)."""
         image_BCHW = self.normalize(batch["image"])
         visible_BN, hidden_BK = visible_and_hidden(batch["hidden"], self.count)
         painted_BKX = self.decoder(self.backbone.forward_visible(image_BCHW, visible_BN), visible_BN, hidden_BK).float()

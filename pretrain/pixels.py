@@ -85,7 +85,7 @@ class SimMIM(PixelModeling):
         self.norm_target = norm_target
 
     def forward(self, batch: Mapping[str, Any]) -> StepOutput:
-        """`image` uint8 (B, C, H, W), `hidden` bool (B, P, Q), `valid` bool (B,)."""
+        """`image` (B, C, H, W), uint8 or in [0, 1], `hidden` bool (B, P, Q), `valid` bool (B,)."""
         image_BCHW, hidden_BPQ = self.normalize(batch["image"]), batch["hidden"]
         painted_BCHW = self.decoder(self.backbone.forward_features(image_BCHW, hidden_BPQ).map_BDhw).float()
         mean_BCHW, deviation_BCHW = self._scale(image_BCHW)

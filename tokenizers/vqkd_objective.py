@@ -60,7 +60,7 @@ class VQKDObjective(Objective):
         self._restart_seed = step if step % self.restart_every == 0 and step < 0.75 * steps else 0
 
     def forward(self, batch: Mapping[str, Any]) -> StepOutput:
-        """`image` uint8 (B, C, H, W), `valid` bool (B,)."""
+        """`image` (B, C, H, W), uint8 or in [0, 1], `valid` bool (B,)."""
         image_BCHW = in_unit_range(only_valid(batch))
         z_BDPQ = self.vqkd.features(image_BCHW)
         z_MD = rows(z_BDPQ)
@@ -131,7 +131,7 @@ def evaluate_vqkd(objective: VQKDObjective, batches: Iterable[Mapping[str, Any]]
     """Code usage and what tokens tell of the teacher's features, over held-out images, each counted once.
 
     Args:
-        batches: with `image` uint8 (B, C, H, W) and `valid`, on the device.
+        batches: with `image` (B, C, H, W), uint8 or in [0, 1], and `valid`, on the device.
 
     Returns:
         Records `codes_used` (share), `perplexity`, `perplexity_non_blank`, and `teacher_cosine`, the mean over cells.
