@@ -37,8 +37,9 @@ def cache_tokens(tokenizer: str, shards: str, out: Path, *, views: int, config: 
     Raises:
         MimeticError: recipe, tokenizer and images do not fit each other, or the folder holds something else.
     """
-    if views < 1 or (batch_size is not None and batch_size < 1):
-        raise SettingError(f"--views is {views}, --batch-size {batch_size}; both must be 1 or more")
+    for name, number in (("--views", views), ("--batch-size", batch_size)):
+        if number is not None and number < 1:
+            raise SettingError(f"{name} is {number}; it must be 1 or more")
     _refuse_what_is_said_already(settings)
     words = ["--config", str(config), "--tokenizer.path", tokenizer, "--data.index", shards, "--tokenizer.cache", "null", "--out", str(out)]
     method = "beit2" if _aggregates(config, settings) else "beit"

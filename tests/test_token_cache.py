@@ -397,7 +397,7 @@ def test_a_training_goes_on_only_with_the_tokens_it_began_with(world, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "line"), [
-    (["--views", "0"], "--views is 0, --batch-size None; both must be 1 or more"),
+    (["--views", "0"], "--views is 0; it must be 1 or more"),
     (["--views", "2", "--views.crop_lo", "1"], "unknown setting --views.crop_lo (did you mean views.crop_low?)"),
     (["--views", "2", "--workers", "0"], "--workers is 0; it must be 1 or more"),
     *((["--views", "2", *words], f"{words[0].partition('=')[0]} is nothing that `mimetic tokens` takes: TOKENIZER, SHARDS, OUT and "

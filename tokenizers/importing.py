@@ -150,7 +150,8 @@ def _pickled(file: Path) -> tuple[State, str]:
     if "persistent_load" in told:
         raise CheckpointError(f"{file} is a module in torch's format of before 2020, which cannot be read without running it; save its "
                               "state_dict instead, as safetensors")  # fmt: skip
-    raise CheckpointError(f"{file} cannot be read as weights ({_line(told.rpartition('WeightsUnpickler error:')[2])}); it may be {FORMATS}")
+    reason = _line(told.rpartition("WeightsUnpickler error:")[2].partition("Check the documentation")[0])
+    raise CheckpointError(f"{file} cannot be read as weights ({reason}); it may be {FORMATS}")
 
 
 class _Recorded:
