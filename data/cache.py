@@ -10,7 +10,7 @@ import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -63,12 +63,12 @@ class ShardCache:
             if not _touched(file):
                 with self._part(file, size) as part:
                     if not _touched(file):
-                        self._make_room(part)
-                        fetch(address, part, size, sha256)
-                        with part.open("rb") as content:
-                            os.fsync(content.fileno())
-                        with self._counting():
-                            part.rename(file)
+                        with self._room(part):
+                            fetch(address, part, size, sha256)
+                            with part.open("rb") as content:
+                                os.fsync(content.fileno())
+                            with self._counting():
+                                part.rename(file)
         except OSError as error:
             if disk_is_full(error):
                 raise DataError(f"{self.folder}: the disk is full; free some space, or give data.cache another folder") from None
@@ -100,28 +100,35 @@ class ShardCache:
                         part.unlink()
                 return
 
-    def _make_room(self, part: Path) -> None:
+    @contextmanager
+    def _room(self, part: Path) -> Iterator[None]:
         """Removes the copies that were read longest ago until all that is here and on its way fits.
 
         No more than what is to come takes the place of; where that is not enough, others are fetching, and what they finish can give
-        way. The first by name never waits, so all get on.
+        way. One at a time, whoever takes the lock, goes ahead without waiting, so that all get on and the bound is passed by one file
+        at most.
         """
-        freed = 0
-        while True:
-            with self._counting():
-                copies, under_way = self._contents()
-                excess = sum(entry.st_size for _, entry in copies) + sum(under_way.values()) - self.limit
-                for other in [other for other in under_way if other != part and excess > 0]:
-                    excess -= _cleared(other) and under_way[other]
-                is_first = part == min(under_way)
-                for file, entry in sorted(copies, key=lambda copy: copy[1].st_mtime_ns):
-                    if excess > 0 and (is_first or freed < under_way[part]):
-                        file.unlink(missing_ok=True)
-                        excess -= entry.st_size
-                        freed += entry.st_size
-            if excess <= 0 or is_first:
-                return
-            time.sleep(0.2)
+        freed, goes_ahead = 0, False
+        with ExitStack() as until_it_is_here:
+            while True:
+                with self._counting():
+                    copies, under_way = self._contents()
+                    excess = sum(entry.st_size for _, entry in copies) + sum(under_way.values()) - self.limit
+                    for other in [other for other in under_way if other != part and excess > 0]:
+                        excess -= _cleared(other) and under_way[other]
+                    if excess > 0 and not goes_ahead:
+                        with suppress(BlockingIOError):
+                            until_it_is_here.enter_context(_locked(self.folder / "ahead", how=fcntl.LOCK_EX | fcntl.LOCK_NB))
+                            goes_ahead = True
+                    for file, entry in sorted(copies, key=lambda copy: copy[1].st_mtime_ns):
+                        if excess > 0 and (goes_ahead or freed < under_way[part]):
+                            file.unlink(missing_ok=True)
+                            excess -= entry.st_size
+                            freed += entry.st_size
+                if excess <= 0 or goes_ahead:
+                    break
+                time.sleep(0.2)
+            yield
 
     def _counting(self) -> AbstractContextManager[Any]:
         """While one process counts what is here, no copy changes its name: a listing may miss it under both."""
