@@ -89,7 +89,7 @@ def _tiles(out: Path, kind: str) -> Path:
         for name, part in PARTS.items():
             folder = out / f"{kind}-source" / name
             folder.mkdir(parents=True, exist_ok=True)
-            for number, tile_HWC in enumerate(_cut(photos, part, TILES[name])):
+            for number, tile_HWC in enumerate(cut(photos, part, TILES[name])):
                 if kind == "colour":
                     Image.fromarray(tile_HWC.round().astype(np.uint8)).save(folder / f"{number:05d}.png")
                 else:
@@ -98,7 +98,7 @@ def _tiles(out: Path, kind: str) -> Path:
     return shards
 
 
-def _cut(photos: list[bytes], part: tuple[float, float], count: int) -> Iterator[NDArray[np.float64]]:
+def cut(photos: list[bytes], part: tuple[float, float], count: int) -> Iterator[NDArray[np.float64]]:
     """Tiles (TILE, TILE, 3) of 0 to 255 at random places: means of REDUCED x REDUCED pixels, so they have more than 8 bits."""
     random = np.random.default_rng(0)
     for number, content in enumerate(photos):

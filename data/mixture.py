@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from mimetic.data.cache import ShardCache
 from mimetic.data.index import UNLABELLED, Index
 from mimetic.data.order import CYCLE, Mixed, Order, shares
-from mimetic.data.pixelrange import Range, as_typed
+from mimetic.data.pixelrange import Range, called
 from mimetic.engine.errors import SettingError
 
 
@@ -39,8 +39,7 @@ class Mixture:
                 raise SettingError(f"{index.home} has {index.channels} channels, {first.home} has {first.channels}; sets that are mixed "
                                    "need the same, pack them with --channels")  # fmt: skip
             if index.range != first.range:
-                told = [f"the pixel range {as_typed(each.range)}" if each.range else "8-bit pixels" for each in (index, first)]
-                raise SettingError(f"{index.home} has {told[0]}, {first.home} has {told[1]}; sets that are mixed "
+                raise SettingError(f"{index.home} has {called(index.range)}, {first.home} has {called(first.range)}; sets that are mixed "
                                    "need the same, pack or index them with the same --range")  # fmt: skip
             if not share:
                 raise SettingError(f"data.index gives {index.home} the weight {weight} of {sum(self.weights)}, less than one sample in "

@@ -15,7 +15,7 @@ from mimetic.data.fetch import is_address, shown, spool
 from mimetic.data.index import REPAIR, UNLABELLED, Index, open_index
 from mimetic.data.indexing import find_tars, index_tars
 from mimetic.data.mixture import Mixture
-from mimetic.data.pixelrange import as_typed
+from mimetic.data.pixelrange import called
 from mimetic.data.randomness import mix
 from mimetic.engine.config import DataSettings
 from mimetic.engine.errors import DataError, SettingError
@@ -114,8 +114,8 @@ def open_held_out(path: str | Path, training: Index | Mixture, *, labelled: bool
         raise SettingError(f"{path} has {index.channels} channels, the training data {training.channels}; pack both alike, "
                            f"with --channels {training.channels}")  # fmt: skip
     if index.range != training.range:
-        told = [f"the pixel range {as_typed(each)}" if each else "8-bit pixels" for each in (index.range, training.range)]
-        raise SettingError(f"{path} has {told[0]}, the training data {told[1]}; pack or index both with the same --range")
+        raise SettingError(f"{path} has {called(index.range)}, the training data {called(training.range)}; pack or index both with the "
+                           "same --range")  # fmt: skip
     if labelled and index.classes != training.classes:
         told = [f"{len(classes)} classes ({', '.join(classes[:3])} ...)" for classes in (index.classes, training.classes)]
         raise SettingError(f"{path} has {told[0]}, the training data {told[1]}; both need the same sub-folders")

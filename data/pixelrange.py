@@ -43,6 +43,11 @@ def outside(raw: NDArray[Any], limits: Range) -> int:
     return int(np.count_nonzero(raw < limits[0]) + np.count_nonzero(raw > limits[1]))
 
 
+def called(limits: Range | None) -> str:
+    """What a set's pixels are, as a message says it."""
+    return f"the pixel range {as_typed(limits)}" if limits else "8-bit pixels"
+
+
 def as_typed(limits: Range) -> str:
     """As it is typed after `--range`: without exponents, since a command line takes -1e-05 for a flag."""
     return " ".join(np.format_float_positional(float(value), 7, unique=False, fractional=False, trim="-") for value in limits)

@@ -60,13 +60,11 @@ def assemble(recipe: BeitRecipe, index: "Index | Mixture", device: "torch.device
     from mimetic.data.views import UNALTERED, Augmentation, Normalize, PretrainViews
     from mimetic.pretrain.mim import TokenHead, check_grids
     from mimetic.tokenizers.contract import only_size
-    from mimetic.tokenizers.files import open_tokenizer
+    from mimetic.tokenizers.files import open_tokenizer, refuse_other_images
 
     tokenizer = open_tokenizer(recipe.tokenizer.path, recipe.tokenizer.precision)
     settings, views, mask = recipe.backbone, recipe.views, recipe.mask
-    if tokenizer.in_channels != index.channels:
-        raise SettingError(f"the tokenizer {recipe.tokenizer.path} reads images of {tokenizer.in_channels} channels, those of "
-                           f"{recipe.data.named} have {index.channels}; train a tokenizer on them")  # fmt: skip
+    refuse_other_images(recipe.tokenizer.path, tokenizer, index)
     torch.manual_seed(recipe.seed)
     backbone = create_backbone(settings.name, image_size=settings.image_size, in_channels=index.channels, **settings.overrides)
     backbone.grad_checkpointing = settings.grad_checkpointing

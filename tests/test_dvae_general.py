@@ -21,9 +21,11 @@ from mimetic.tokenizers import dvae as dvae_module
 from mimetic.tokenizers.clustering import kmeans
 from mimetic.tokenizers.components import principal_components
 from mimetic.tokenizers.dvae import DVAE
+from mimetic.tokenizers.examination import examine
 from mimetic.tokenizers.files import open_tokenizer, provenance_of, save_tokenizer
 from mimetic.tokenizers.logit_laplace import map_pixels, negative_log_likelihood, unmap_pixels
 from mimetic.tokenizers.usage import code_usage, count_codes
+from mimetic.tokenizers.verdict import COLLAPSED
 
 
 def density(x: float, mu: float, b: float) -> float:
@@ -218,11 +220,25 @@ def test_a_tokenizer_and_a_pretraining_on_them(twelve_bits, tmp_path, likelihood
     assert records["reconstruction_psnr"] > 14
     tokenizer = open_tokenizer(run)
     assert (tokenizer.in_channels, tokenizer.likelihood) == (4, likelihood)
+    assert provenance_of(run)["range"] == (0, 4095)
     changes = {"train__steps": 12, "tokenizer__path": run, "evaluate_on": twelve_bits / "held-out", "views__jitter": 0.4}
     beit = run_here("beit", beit_arguments(twelve_bits, tmp_path / "beit", **changes))
     assert losses(beit)[-1] < losses(beit)[0]
     assert list((beit / "samples").glob("*.png"))
     assert (beit / "backbone" / "config.json").exists()
+
+
+def test_images_of_another_range_than_it_learned_from_are_refused(twelve_bits, tmp_path):
+    """The same pixel would be another number, and every token another."""
+    learned = {"of 16 bits": [0, 65535], "of 8 bits": None, "that tells none": ()}
+    for name, limits in learned.items():
+        save_tokenizer(DVAE(8, 4, 4, width=8, code_width=4), tmp_path / name, {} if limits == () else {"range": limits})
+    with pytest.raises(SettingError, match=r"of 16 bits learned from the pixel range 0 65535, .*/data has the pixel range 0 4095; pack or "
+                       r"index them with --range 0 65535, or train a tokenizer on them$"):  # fmt: skip
+        run_here("beit", beit_arguments(twelve_bits, tmp_path / "beit", tokenizer__path=tmp_path / "of 16 bits"))
+    with pytest.raises(SettingError, match=r"of 8 bits learned from 8-bit pixels, .*/data has the pixel range 0 4095; pack them without"):
+        examine(str(tmp_path / "of 8 bits"), str(twelve_bits / "data"))
+    assert examine(str(tmp_path / "that tells none"), str(twelve_bits / "data")) == COLLAPSED
 
 
 def test_too_few_images_for_the_codes_are_told_before_anything_starts(twelve_bits, tmp_path):
@@ -238,7 +254,7 @@ def test_too_few_images_for_the_codes_are_told_before_anything_starts(twelve_bit
 
 
 @pytest.mark.parametrize("told", [{"kind": []}, {"kind": None}, {"arguments": [1]}, {"arguments": {"vocab_size": "many"}},
-                                  {"image_size": "large"}, {"reference": 5}])  # fmt: skip
+                                  {"image_size": "large"}, {"reference": 5}, {"range": [1]}, {"range": [2, 1]}])  # fmt: skip
 def test_whatever_a_tokenizers_json_says_is_one_line(tmp_path, told):
     save_tokenizer(DVAE(8, 4, 1, width=8, code_width=4), tmp_path / "tokenizer")
     file = tmp_path / "tokenizer/tokenizer.json"

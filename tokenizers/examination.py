@@ -23,7 +23,7 @@ from mimetic.engine.words import duration
 from mimetic.tokenizers.contract import ImageTokenizer, only_size
 from mimetic.tokenizers.doctor import collect, measure
 from mimetic.tokenizers.drawings import draw
-from mimetic.tokenizers.files import open_tokenizer, provenance_of, tokenizer_hash
+from mimetic.tokenizers.files import open_tokenizer, provenance_of, refuse_other_images, tokenizer_hash
 from mimetic.tokenizers.telling import conclusion, findings, page
 from mimetic.tokenizers.verdict import LIMITS, REFERENCE, judge, reference_of, too_little
 
@@ -46,7 +46,8 @@ def examine(path: str, shards: str, out: Path | None = None, images: int = 512, 
     Raises:
         CheckpointError: no tokenizer there.
         DataError: no shards there, or images on which nothing can be said.
-        SettingError: images of other channels, a size that is no whole number of cells, or a place that cannot be written.
+        SettingError: images of other channels or another pixel range, a size that is no whole number of cells, or a place that cannot
+            be written.
     """
     for folder in (out, to_json and to_json.parent):
         if folder is not None:
@@ -55,7 +56,7 @@ def examine(path: str, shards: str, out: Path | None = None, images: int = 512, 
     provenance = provenance_of(path)
     reference = reference_in(provenance, path)
     size = image_size or only_size(tokenizer) or provenance.get("image_size") or fitting_size(index, tokenizer.stride)
-    refuse_what_does_not_fit(tokenizer, index, images, size)
+    refuse_what_does_not_fit(path, tokenizer, index, images, size)
     images = min(images, len(index))
     title = (f"tokenizer {path} ({tokenizer.vocab_size:,} codes, cells of {tokenizer.stride} pixels) on {images:,} of the {len(index):,} "
              f"images of {shards}, at {size}x{size} pixels: {(size // tokenizer.stride) ** 2:,} tokens each")  # fmt: skip
@@ -85,12 +86,10 @@ def examine(path: str, shards: str, out: Path | None = None, images: int = 512, 
     return verdict.word
 
 
-def refuse_what_does_not_fit(tokenizer: ImageTokenizer, index: Index, images: int, size: int) -> None:
-    """Raises SettingError for images of other channels, too few of them, or a size that is no whole number of cells."""
-    channels, stride = tokenizer.in_channels, tokenizer.stride
-    if channels != index.channels:
-        raise SettingError(f"the tokenizer reads images of {channels} channels, those of {index.home} have {index.channels}; pack them "
-                           f"with --channels {channels}, or train a tokenizer on them")  # fmt: skip
+def refuse_what_does_not_fit(path: str, tokenizer: ImageTokenizer, index: Index, images: int, size: int) -> None:
+    """Raises SettingError for images of another kind, too few of them, or a size that is no whole number of cells."""
+    refuse_other_images(path, tokenizer, index)
+    stride = tokenizer.stride
     if images < 2:
         raise SettingError(f"--images {images}: a tokenizer is judged on two images or more; give some hundred")
     if size < 1 or size % stride:

@@ -4,11 +4,12 @@ import hashlib
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import load, save
 
+from mimetic.data.pixelrange import as_typed, called, pixel_range
 from mimetic.engine.config import write_atomically
 from mimetic.engine.errors import CheckpointError, SettingError
 from mimetic.tokenizers.contract import EncodesInAnyPrecision, ImageTokenizer
@@ -16,6 +17,10 @@ from mimetic.tokenizers.dalle import DalleTokenizer, DalleVAE
 from mimetic.tokenizers.dvae import DVAE
 from mimetic.tokenizers.published import DALLE, published_tokenizer
 from mimetic.tokenizers.vqkd import VQKD
+
+if TYPE_CHECKING:
+    from mimetic.data.index import Index
+    from mimetic.data.mixture import Mixture
 
 CONFIG, WEIGHTS = "tokenizer.json", "model.safetensors"
 OWN = ("kind", "arguments", "sha256")  # of CONFIG; everything else is provenance
@@ -118,9 +123,28 @@ def provenance_of(path: str | Path) -> dict[str, Any]:
         for name, kind in (("image_size", int), ("reference", dict | None)):
             if name in found and not isinstance(found[name], kind):
                 raise ValueError(f"{name} is {found[name]!r}")
-        return found
+        return found | ({"range": pixel_range(found["range"])} if "range" in found else {})
     except Exception as error:
         raise _damaged(folder, error) from None
+
+
+def refuse_other_images(path: str | Path, tokenizer: ImageTokenizer, index: "Index | Mixture") -> None:
+    """Refuses images that the tokenizer's numbers mean nothing for; of one that does not tell its pixel range, any range will do.
+
+    Raises:
+        SettingError: other channels, or another pixel range than it learned from.
+        CheckpointError: no tokenizer there, or damaged.
+    """
+    channels = tokenizer.in_channels
+    if channels != index.channels:
+        raise SettingError(f"the tokenizer {path} reads images of {channels} channels, those of {index.home} have {index.channels}; "
+                           f"pack them with --channels {channels}, or train a tokenizer on them")  # fmt: skip
+    told = provenance_of(path)
+    if "range" in told and told["range"] != index.range:
+        learned = told["range"]
+        cure = f"pack or index them with --range {as_typed(learned)}" if learned else "pack them without --range"
+        raise SettingError(f"the tokenizer {path} learned from {called(learned)}, {index.home} has {called(index.range)}; {cure}, or train "
+                           "a tokenizer on them")  # fmt: skip
 
 
 def _or_bf16(tokenizer: ImageTokenizer) -> str:

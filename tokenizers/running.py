@@ -91,7 +91,8 @@ def run_training(invocation: Invocation[Any], build: Build) -> None:
     if trained and accelerator.is_main_process:
         size = built.plain.image_size
         reference = reference_figures(built.tokenizer.eval(), held_out, size, accelerator.device)
-        save_tokenizer(built.tokenizer, invocation.out / "tokenizer", {"image_size": size, "reference": reference})
+        told = {"image_size": size, "range": index.range, "reference": reference}
+        save_tokenizer(built.tokenizer, invocation.out / "tokenizer", told)
         Run(invocation, "tokenizer").finish()
         print(f"tokenizer in {invocation.out}/tokenizer\nnext: pretrain with it, {built.pretraining} --tokenizer.path {invocation.out} "
               f"--data.index {recipe.data.named} (--help has an example)")  # fmt: skip
