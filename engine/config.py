@@ -74,11 +74,6 @@ class DataSettings:
         """What fixes the order of samples, beside the seed: arguments of a stream."""
         return {"canonical_streams": self.canonical_streams, "shuffle_block": self.shuffle_block}
 
-    @property
-    def named(self) -> str:
-        """What a message calls the data."""
-        return self.index or " + ".join(self.mix)
-
 
 @dataclass(frozen=True)
 class TrainSettings:

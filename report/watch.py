@@ -177,9 +177,14 @@ def _remarks(followed: Followed) -> Iterator[RenderableType]:
     """Held-out measures, and what others published."""
     newest = {name: (number(line, name), line["step"]) for line in followed.measured for name in line if name not in TOLD}
     if newest:
-        values = ", ".join(f"{plain(name)} {value:.4g}" for name, (value, _) in newest.items())
+        values = ", ".join(f"{plain(name)} {_measured(name, value)}" for name, (value, _) in newest.items())
         yield Text(f"held out: {values} (step {max(step for _, step in newest.values()):,})")
     yield from (Text(line, "yellow") for line in _published(followed))
+
+
+def _measured(name: str, value: float) -> str:
+    """A share of the codes looks like a count of them."""
+    return percent(value) if name == "codes_used" else f"{value:.4g}"
 
 
 def _published(followed: Followed) -> Iterator[str]:

@@ -338,7 +338,7 @@ def test_what_is_known_is_told_and_nothing_else(tmp_path):
     new = {"macs_per_second": 1.25e12, "matrix_share": 0.41, "predicted_codes_used": 812.0, "predicted_codes_perplexity": 301.25,
            "update_ratio": 1.5e-3, "activation_rms": 0.75, "bad_samples": 3, "skipped_steps": 2, "rewinds": 0}  # fmt: skip
     records = [{"metric": "masked_accuracy", "value": 0.1, "details": {"vocab_size": 8192}}]
-    measured = {"step": 20, "masked_accuracy": 0.25, "samples": 640, "seconds": 10.0}
+    measured = {"step": 20, "masked_accuracy": 0.25, "codes_used": 1.0, "samples": 640, "seconds": 10.0}
     run = write(tmp_path / "run", line(10), line(20, images_per_second=96.0, **new), measured, records=records)
     frame = " ".join(drawn(look(run), 140).split())
     for told in ("images/s 96 ",
@@ -346,7 +346,7 @@ def test_what_is_known_is_told_and_nothing_else(tmp_path):
                  "learning rate 0.0015 ", "gradient norm 0.5 ", "codes used 812 of 8,192 ",
                  "code perplexity 301.2 ", "bad samples 3 ",
                  "skipped steps 2 ", "update ratio 0.0015 ", "activation rms 0.75 ",
-                 "held out: masked accuracy 0.25 (step 20) "):  # fmt: skip
+                 "held out: masked accuracy 0.25, codes used 100.0 % (step 20) "):  # fmt: skip
         assert told in frame, told
     assert "rewinds" not in frame
     assert "published" not in frame

@@ -94,6 +94,7 @@ def run_training(invocation: Invocation[Any], build: Build) -> None:
         told = {"image_size": size, "range": index.range, "reference": reference}
         save_tokenizer(built.tokenizer, invocation.out / "tokenizer", told)
         Run(invocation, "tokenizer").finish()
-        print(f"tokenizer in {invocation.out}/tokenizer\nnext: pretrain with it, {built.pretraining} --tokenizer.path {invocation.out} "
-              f"--data.index {recipe.data.named} (--help has an example)")  # fmt: skip
+        on = f" --data.index {recipe.data.index}" if recipe.data.index else ""  # a mixture is no word of a command
+        print(f"tokenizer in {invocation.out}/tokenizer\nnext: pretrain with it, {built.pretraining} --tokenizer.path {invocation.out}{on} "
+              "(--help has an example)")  # fmt: skip
     accelerator.end_training()
