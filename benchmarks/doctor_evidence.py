@@ -61,8 +61,9 @@ def main() -> None:
     """Packs, trains, asks, prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/doctor"), help="(default: %(default)s)")
-    out = parser.parse_args().out.resolve()
-    shards = _pack_all(out / "shards")
+    parser.add_argument("--seed", type=int, default=0, help="of all that is trained or drawn, but the images (default: %(default)s)")
+    arguments = parser.parse_args()
+    shards, out = _pack_all(arguments.out.resolve() / "shards"), arguments.out.resolve() / str(arguments.seed)
     rows = []
     for name, shape in SHAPES.items():
         own, held_out = shards[shape.images], shards[shape.images] / "val"
@@ -70,13 +71,13 @@ def main() -> None:
         _run(sys.executable, "tokenizers/train_dvae.py", "--config", "launch/recipes/demo_tokenizer.yaml", "--out", trained,
              "--data.index", own / "train", "--evaluate_on", held_out, "--data.batch_size", 64, "--train.samples", shape.samples,
              "--views.image_size", shape.size, "--dvae.vocab_size", shape.vocab_size, "--dvae.stride", shape.stride,
-             "--dvae.loss", shape.likelihood)  # fmt: skip
+             "--dvae.loss", shape.likelihood, "--seed", arguments.seed)  # fmt: skip
         rows.append(_row(f"dVAE of {shape.images}", trained, shape.images, held_out, shape, HEALTHY))
         for other in OTHERS[name]:
             rows.append(_row(f"dVAE of {shape.images}", trained, other, shards[other] / "val", shape, BLIND))
-        naive = _naive(out / f"{name}-naive", shape, own / "train")
+        naive = _naive(out / f"{name}-naive", shape, own / "train", arguments.seed)
         rows.append(_row(f"the same without seeds and restarts, {NAIVE_STEPS} steps", naive, shape.images, held_out, shape, COLLAPSED))
-        for seed in range(2):
+        for seed in (2 * arguments.seed, 2 * arguments.seed + 1):
             untrained = out / f"{name}-random-{seed}"
             save_tokenizer(_random(shape, seed), untrained)
             rows.append(_row(f"the same with random weights, seed {seed}", untrained, shape.images, held_out, shape, COLLAPSED))
@@ -98,12 +99,12 @@ def _random(shape: Shape, seed: int) -> DVAE:
     return DVAE(shape.vocab_size, shape.stride, shape.channels, likelihood=shape.likelihood)
 
 
-def _naive(folder: Path, shape: Shape, shards: Path) -> Path:
+def _naive(folder: Path, shape: Shape, shards: Path, seed: int) -> Path:
     """As such a dVAE is first written: Gumbel-softmax from random weights, a falling temperature, and nothing else."""
     if not folder.exists():
-        dvae = _random(shape, 0).train()
+        dvae = _random(shape, seed).train()
         optimizer = torch.optim.AdamW([weight for weight in dvae.parameters() if weight.requires_grad], RATE)
-        stream = ShardStream(open_set(str(shards)), 64, tail="drop", transform=ClassifyViews(shape.size, None))
+        stream = ShardStream(open_set(str(shards)), 64, seed=seed, tail="drop", transform=ClassifyViews(shape.size, None))
         for step, batch in enumerate(stream.run(NAIVE_STEPS)):
             loss, _ = dvae.loss(in_unit_range(batch["image"]), LAST_TEMPERATURE ** (step / NAIVE_STEPS), KL_WEIGHT)
             optimizer.zero_grad()

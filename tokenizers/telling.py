@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mimetic.tokenizers.doctor import Figures
-from mimetic.tokenizers.verdict import BLIND, COARSE, COLLAPSED, HEALTHY, LIMITS, Verdict, least_detail, limits
+from mimetic.tokenizers.verdict import BLIND, COARSE, COLLAPSED, HEALTHY, LIMITS, Verdict, least_detail, least_used, limits
 
 NEXT = {
     HEALTHY: "pretrain with it on images like these: pretrain/beit.py --tokenizer.path {path} (--help has an example)",
@@ -19,9 +19,12 @@ NEXT = {
 def findings(f: Figures, reference: Mapping[str, Any] | None) -> list[tuple[str, str]]:
     """Return (what, found), one for each line of the report."""
     collapsed, coarse = limits(f.vocab_size, f.non_blank)
+    fewest = least_used(f)
+    enough = f" (coarse below {fewest:,})" if fewest else ""
     lines = [
-        ("codes", f"{f.codes_used:,} of {f.vocab_size:,} occur, the ten most frequent in {f.top10:.1%} of {f.cells:,} cells, the first in "
-                  f"{f.top1:.1%} and in {f.top1_non_blank:.1%} of those that are not blank (collapsed above {LIMITS.collapsed_top:.0%})"),
+        ("codes", f"{f.codes_used:,} of {f.vocab_size:,} occur{enough}, the ten most frequent in {f.top10:.1%} of {f.cells:,} cells, the "
+                  f"first in {f.top1:.1%} and in {f.top1_non_blank:.1%} of those that are not blank (collapsed above "
+                  f"{LIMITS.collapsed_top:.0%})"),
         ("perplexity", f"{f.perplexity:.1f}; {f.perplexity_non_blank:.1f} over the {f.non_blank / f.cells:.0%} of cells that are not blank "
                        f"(collapsed below {collapsed:.3g}, coarse below {coarse:.3g}{_before(reference, 'perplexity_non_blank', '.1f')})"),
         ("places", f"{f.entropy:.2f} bits a token, of which its place tells {f.position_information:.2f} (blind above "

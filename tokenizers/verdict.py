@@ -32,11 +32,12 @@ class Limits:
         blind_place: share of a token's information that is its place.
         blind_moved: agreement beyond chance after a shift by a cell.
         coarse_entropy: share of log2 V: 16 of 256 equally common codes, 90 of 8192; and `coarse_bits` at the least.
+        coarse_used: share of V in use, where there are `cells_a_code` times as many cells that are not blank, so that all could occur.
         coarse_explained: share of the variance that reconstructions explain.
     """
 
     collapsed_entropy: float = 0.4
-    collapsed_used: float = 0.1
+    collapsed_used: float = 1 / 3
     collapsed_top: float = 0.5
     collapsed_explained: float = 0.25
     blind_perplexity: float = 1 / 3
@@ -48,6 +49,8 @@ class Limits:
     blind_moved: float = 0.05
     coarse_entropy: float = 0.5
     coarse_bits: float = 3.0
+    coarse_used: float = 0.4
+    cells_a_code: int = 16
     coarse_explained: float = 0.8
 
 
@@ -107,6 +110,11 @@ def limits(vocab_size: int, cells: int) -> tuple[float, float]:
     """Return the perplexities over `cells` cells that are not blank below which a tokenizer is collapsed, and coarse."""
     possible = _possible(vocab_size, cells)
     return possible**LIMITS.collapsed_entropy, max(possible**LIMITS.coarse_entropy, 2**LIMITS.coarse_bits)
+
+
+def least_used(f: Figures) -> int:
+    """Return how many codes must be in use for a tokenizer that is not coarse: 0 where there are too few cells to tell."""
+    return math.ceil(LIMITS.coarse_used * f.vocab_size) if f.non_blank >= LIMITS.cells_a_code * f.vocab_size else 0
 
 
 def _possible(vocab_size: int, cells: int) -> int:
@@ -178,6 +186,9 @@ def _coarseness(f: Figures) -> list[str]:
     reasons, (_, limit) = [], limits(f.vocab_size, f.non_blank)
     if f.perplexity_non_blank < limit:
         reasons.append(f"{_perplexity(f)}, below {limit:.3g}: tokens of {math.log2(f.perplexity_non_blank):.2g} bits say little")
+    if f.codes_used < least_used(f):
+        reasons.append(f"{f.codes_used:,} of {f.vocab_size:,} codes in use, less than {LIMITS.coarse_used:.0%}: the others are dead, and a "
+                       "codebook without them would tell as much")  # fmt: skip
     if f.explained is not None and f.explained < LIMITS.coarse_explained:
         reasons.append(f"reconstructions explain {f.explained:.0%} of the images' variance, less than {LIMITS.coarse_explained:.0%}: "
                        "smaller cells or more codes would explain more")  # fmt: skip
