@@ -335,14 +335,16 @@ def test_few_codes_or_large_cells_are_coarse(domains):
 
 def test_dead_codes_are_coarse_where_all_could_have_been_used_and_collapsed_where_the_others_say_little(domains):
     figures = replace(looked_at(trained(domains["shapes"][0]), domains["shapes"][1]), vocab_size=512, non_blank=16 * 512)
+    reference = reference_of(replace(figures, codes_used=180))
     with_codes = {used: judge(replace(figures, codes_used=used, perplexity_non_blank=60.0)) for used in (200, 210)}
+    assert [judge(replace(figures, codes_used=170), told).word for told in (reference, None)] == [COARSE, COLLAPSED]
     assert [verdict.word for verdict in with_codes.values()] == [COARSE, HEALTHY]
     assert with_codes[200].reasons == ("200 of 512 codes in use, less than 40%: the others are dead, and a codebook without them would "
                                        "tell as much",)  # fmt: skip
     assert judge(replace(figures, codes_used=200, perplexity_non_blank=60.0, non_blank=16 * 512 - 1)).word == HEALTHY
     assert [judge(replace(figures, codes_used=used, perplexity_non_blank=22.0)).word for used in (170, 171)] == [COLLAPSED, COARSE]
     alive = looked_at(trained(domains["shapes"][0], 128), domains["shapes"][1])
-    few = looked_at(with_few_codes(trained(domains["shapes"][0], 128), 40), domains["shapes"][1])
+    few = looked_at(with_few_codes(trained(domains["shapes"][0], 128), 46), domains["shapes"][1])
     assert (judge(alive).word, judge(few).word) == (HEALTHY, COARSE)
     assert any("codes in use, less than 40%" in reason for reason in judge(few).reasons)
 

@@ -23,7 +23,7 @@ class Limits:
 
     Attributes:
         collapsed_entropy: share of log2 V: 9 of 256 equally common codes, 37 of 8192.
-        collapsed_used: share of V in use, for a tokenizer whose perplexity is coarse.
+        collapsed_used: share of V in use, for a tokenizer whose perplexity is coarse, or that has no reference.
         collapsed_top: share of the most frequent code in cells that are not blank.
         collapsed_explained: variance that reconstructions explain, as a share of what k-means explains: random weights reach 0.14.
         blind_perplexity: share of the reference's.
@@ -87,6 +87,8 @@ def judge(figures: Figures, reference: Mapping[str, Any] | None = None) -> Verdi
                 "absolute limits and k-means alone: the tokenizer's folder has no reference figures")  # fmt: skip
     fails = _collapse(figures.vocab_size, figures.non_blank, figures.codes_used, figures.perplexity_non_blank, figures.top1_non_blank,
                       figures.explained, figures.yardstick_explained)  # fmt: skip
+    if not reference and figures.codes_used < least_used(figures, LIMITS.collapsed_used):  # where it might have been better is not known
+        fails.append(f"{_in_use(figures)}, less than {LIMITS.collapsed_used:.0%}: the others are dead")
     if fails and not (reference and _was_sound(reference, figures.vocab_size)):
         return Verdict(COLLAPSED, tuple(fails), compared)
     blind = fails + (_worse_than(figures, reference) if reference else []) + _blindness(figures, reference)
@@ -112,9 +114,9 @@ def limits(vocab_size: int, cells: int) -> tuple[float, float]:
     return possible**LIMITS.collapsed_entropy, max(possible**LIMITS.coarse_entropy, 2**LIMITS.coarse_bits)
 
 
-def least_used(f: Figures) -> int:
-    """Return how many codes must be in use for a tokenizer that is not coarse: 0 where there are too few cells to tell."""
-    return math.ceil(LIMITS.coarse_used * f.vocab_size) if f.non_blank >= LIMITS.cells_a_code * f.vocab_size else 0
+def least_used(f: Figures, share: float = LIMITS.coarse_used) -> int:
+    """Return how many codes a share of V is, by default that of a tokenizer that is not coarse: 0 where there are too few cells to tell."""
+    return math.ceil(share * f.vocab_size) if f.non_blank >= LIMITS.cells_a_code * f.vocab_size else 0
 
 
 def _possible(vocab_size: int, cells: int) -> int:
@@ -187,8 +189,8 @@ def _coarseness(f: Figures) -> list[str]:
     if f.perplexity_non_blank < limit:
         reasons.append(f"{_perplexity(f)}, below {limit:.3g}: tokens of {math.log2(f.perplexity_non_blank):.2g} bits say little")
     if f.codes_used < least_used(f):
-        reasons.append(f"{f.codes_used:,} of {f.vocab_size:,} codes in use, less than {LIMITS.coarse_used:.0%}: the others are dead, and a "
-                       "codebook without them would tell as much")  # fmt: skip
+        reasons.append(f"{_in_use(f)}, less than {LIMITS.coarse_used:.0%}: the others are dead, and a codebook without them would tell as "
+                       "much")  # fmt: skip
     if f.explained is not None and f.explained < LIMITS.coarse_explained:
         reasons.append(f"reconstructions explain {f.explained:.0%} of the images' variance, less than {LIMITS.coarse_explained:.0%}: "
                        "smaller cells or more codes would explain more")  # fmt: skip
@@ -198,7 +200,11 @@ def _coarseness(f: Figures) -> list[str]:
 def _praise(f: Figures) -> str:
     drawn = ("; it does not decode, so what its tokens tell is not judged" if f.explained is None
              else f", reconstructions explain {f.explained:.0%} of the images' variance")  # fmt: skip
-    return f"{f.codes_used:,} of {f.vocab_size:,} codes in use, {_perplexity(f)}{drawn}"
+    return f"{_in_use(f)}, {_perplexity(f)}{drawn}"
+
+
+def _in_use(f: Figures) -> str:
+    return f"{f.codes_used:,} of {f.vocab_size:,} codes in use"
 
 
 def _perplexity(f: Figures) -> str:
