@@ -5,6 +5,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,15 +54,11 @@ def watch(run: str, once: bool, every: float) -> None:
     if not every > 0:
         raise SettingError(f"--every is {every:g}; it must be above 0")
     console, followed = Console(highlight=False), Followed(run)
-    try:
+    with closing(followed), suppress(KeyboardInterrupt):  # the terminal is as it was, and whoever watches has not interrupted the run
         followed.look()
         if not once and sys.stdout.isatty() and console.is_interactive:  # rich takes a pipe for a terminal where colours are forced
             _follow(console, followed, every)
         console.print(Frame(followed))
-    except KeyboardInterrupt:
-        pass  # the terminal is as it was, and whoever watches has not interrupted the run
-    finally:
-        followed.close()
 
 
 def _follow(console: Console, followed: Followed, every: float) -> None:
