@@ -1,6 +1,5 @@
 """MAE: its loss against transformers', an encoder that never meets what is hidden, and runs of it."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from oracles import perturb_, worst
 from photographs import photo_world
 from PIL import Image
-from tinyruns import lines, losses, mae_arguments, make_data, reset_accelerate, run_here, settings_words
+from tinyruns import as_killed_at, lines, losses, mae_arguments, make_data, reset_accelerate, run_here, settings_words
 from torch import Tensor
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
@@ -240,10 +239,7 @@ def test_a_run_goes_on_to_the_same_bits_and_measures_held_out_images(world, tmp_
     assert [(record["metric"], record["count"], record["details"]) for record in lines(whole, "records.jsonl")] == [
         ("masked_loss", 70, {"hidden": 12})
     ]
-    run = shutil.copytree(whole, tmp_path / "run", symlinks=True)
-    (run / "finished.json").unlink()
-    for step in (4, 6):
-        shutil.rmtree(run / f"checkpoints/step-{step:08d}")
+    run = as_killed_at(2, whole, tmp_path / "run")
     run_here("mae", mae_arguments(world, run, **settings))
     for name in ("checkpoints/last/model.safetensors", "checkpoints/last/optimizer.safetensors", "backbone/model.safetensors"):
         assert (run / name).read_bytes() == (whole / name).read_bytes()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,17 @@ from oracles import perturb_, transformers_swin
 from photographs import photo_world
 from PIL import Image
 from test_pretraining_every_family import FAMILIES, THIN
-from tinyruns import classify_arguments, lines, losses, make_data, reset_accelerate, run_here, settings_words, simmim_arguments
+from tinyruns import (
+    as_killed_at,
+    classify_arguments,
+    lines,
+    losses,
+    make_data,
+    reset_accelerate,
+    run_here,
+    settings_words,
+    simmim_arguments,
+)
 from torch import Tensor
 
 from mimetic.backbones.catalog import create_backbone
@@ -177,10 +186,7 @@ def test_twenty_steps_lower_the_loss_on_photographs(family, land, tmp_path):
 def test_a_run_goes_on_to_the_same_bits(world, tmp_path):
     settings = {"train__steps": 6, "train__checkpoint_every": 2, "train__log_every": 1, "train__keep": 3}
     whole = run_here("simmim", simmim_arguments(world, tmp_path / "whole", **settings))
-    run = shutil.copytree(whole, tmp_path / "run", symlinks=True)
-    (run / "finished.json").unlink()
-    for step in (4, 6):
-        shutil.rmtree(run / f"checkpoints/step-{step:08d}")
+    run = as_killed_at(2, whole, tmp_path / "run")
     run_here("simmim", simmim_arguments(world, run, **settings))
     for name in ("checkpoints/last/model.safetensors", "checkpoints/last/optimizer.safetensors", "backbone/model.safetensors"):
         assert (run / name).read_bytes() == (whole / name).read_bytes()

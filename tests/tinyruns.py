@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,6 +138,16 @@ def vqkd_arguments(world: Path, out: Path, teacher: Path | str, **changes: Any) 
         "backbone.overrides": TINY, "views.crop_low": 0.5,
     }  # fmt: skip
     return settings_words(settings | {name.replace("__", "."): value for name, value in changes.items()})
+
+
+def as_killed_at(step: int, whole: Path, run: Path) -> Path:
+    """A copy of a finished run as a kill would have left it after one of its checkpoints."""
+    shutil.copytree(whole, run, symlinks=True)
+    (run / "finished.json").unlink()
+    for later in run.glob("checkpoints/step-*"):
+        if int(later.name.removeprefix("step-")) > step:
+            shutil.rmtree(later)
+    return run
 
 
 def run_here(kind: str, arguments: list[str]) -> Path:
