@@ -411,6 +411,7 @@ def test_the_command_tells_and_writes_all_of_it(place, tmp_path, monkeypatch, ca
     assert "verdict: healthy" in told
     assert "reference figures of its own held-out images" in told
     assert "collapsed below 4.7" in told  # 48 ** 0.4
+    assert "of 48 occur (coarse below 20)" in told
     content = json.loads((tmp_path / "out/doctor.json").read_text())
     assert content == json.loads((tmp_path / "there/figures.json").read_text())
     assert content["verdict"]["word"] == "healthy"
@@ -442,6 +443,7 @@ def test_a_tokenizer_without_reference_is_held_against_limits_alone(place, tmp_p
     command(monkeypatch, tmp_path / "old", place / "held-out")
     assert "at 16x16 pixels" in (told := capsys.readouterr().out)  # the images' own size
     assert "has no reference figures" in told
+    assert "of 64 occur (collapsed below 22, coarse below 26)" in told
 
 
 def test_many_channels_and_large_images_are_drawn_and_fit(tmp_path):

@@ -20,7 +20,8 @@ def findings(f: Figures, reference: Mapping[str, Any] | None) -> list[tuple[str,
     """Return (what, found), one for each line of the report."""
     collapsed, coarse = limits(f.vocab_size, f.non_blank)
     fewest = least_used(f)
-    enough = f" (coarse below {fewest:,})" if fewest else ""
+    alone = "" if reference else f"collapsed below {least_used(f, LIMITS.collapsed_used):,}, "
+    enough = f" ({alone}coarse below {fewest:,})" if fewest else ""
     lines = [
         ("codes", f"{f.codes_used:,} of {f.vocab_size:,} occur{enough}, the ten most frequent in {f.top10:.1%} of {f.cells:,} cells, the "
                   f"first in {f.top1:.1%} and in {f.top1_non_blank:.1%} of those that are not blank (collapsed above "
